@@ -1,0 +1,3 @@
+"""einfall: cascades of Einsums, turned into fused, tuned kernels."""
+
+from __future__ import annotations

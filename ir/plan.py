@@ -1,0 +1,119 @@
+"""The derived plan: which kernels, and within each which streams carry which states. Semantic; no tile size and no target.
+
+    Plan(cascade, kernels)          KernelPlan(stream, stages, outputs)
+    Stage(reductions, origins, states, values, domain)
+
+A *state* is a running sum (or maximum, or product) of a summand evaluated at the current *origins*: values such as a running
+maximum or mean that move while the rank is streamed. A *correction* carries a state from the old origins to the new ones, and
+a *value* rebuilds a reduction of the cascade from the states. Moving values appear in expressions as `Tile`s:
+`Tile("m")` is the new origin m, `Tile("m.old")` the previous one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .cascade import Cascade, Einsum, Statement
+from .expr import Const, Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A rewrite that was tried and did not apply, with the reason shown to the user."""
+
+    rewrite: str
+    statement: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A moving p-free value that summands refer to.
+
+    `kind` is "max" if it is built of running maxima (only -inf can be non-finite), else "free". `reads` are the reductions it depends on.
+    """
+
+    name: str
+    expr: Expr
+    ranks: tuple[str, ...]
+    kind: Literal["max", "free"]
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """One row of T: the state at the new origins is the sum of coefficient * old state. A coefficient None stands for 1."""
+
+    terms: tuple[tuple[str, Expr | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """`name[ranks] = op(stream) summand`, kept while streaming. `owner` is the first reduction that needs it.
+
+    `addend` marks a state of max or min whose origin shift is added rather than multiplied.
+    """
+
+    name: str
+    op: str
+    identity: Const
+    ranks: tuple[str, ...]
+    summand: Expr
+    correction: Correction
+    owner: str
+    is_count: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A reduction of the cascade, rebuilt: the sum of outside * state (and + added). Coefficients are expressions over origins."""
+
+    reduction: str
+    op: str
+    terms: tuple[tuple[Expr | None, str], ...]
+    added: Expr | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Affine predicates on the stream rank outside of which every summand is the identity."""
+
+    predicates: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stream over the rank: the reductions it completes, in dependency order."""
+
+    index: int
+    reductions: tuple[Einsum, ...]
+    origins: tuple[Origin, ...]
+    states: tuple[State, ...]
+    values: tuple[Value, ...]
+    domain: Domain
+    rejected: tuple[Rejected, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """One kernel: the stages that stream `stream` one after the other, then what is stored.
+
+    `statements` are the maps and inner reductions it computes on demand; `outputs` the tensors it stores, results of the cascade or
+    intermediates that a later kernel reads; `inside` says for each output whether it is stored in a last stream over the rank.
+    """
+
+    name: str
+    stream: str | None
+    stages: tuple[Stage, ...]
+    statements: tuple[Statement, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The kernels in launch order and what the derivation did, line by line."""
+
+    cascade: Cascade
+    kernels: tuple[KernelPlan, ...]
+    notes: tuple[str, ...] = ()
