@@ -1,0 +1,404 @@
+"""What a tuning database holds, as frozen data, each value checked as it is read.
+
+A row that is malformed, out of bounds or does not hash to its own name raises `Invalid` here; every reader turns that into a
+miss. Ids of content are the first 32 hex digits of a SHA-256 of canonical JSON; ids of events are ULIDs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
+
+from ...ir.cascade import Cascade
+from ...ir.errors import ScheduleError
+from ...schedules.schedule import Schedule
+
+Status = Literal["ok", "build", "crash", "timeout", "memory", "wrong", "nondeterministic", "error"]
+Role = Literal["trial", "final"]
+MAX_SAMPLES = 100_000
+MAX_TEXT = 1 << 20
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+class Invalid(ValueError):
+    """A stored value that cannot be used. Never leaves the tuner: readers count it as a miss."""
+
+
+def ulid() -> str:
+    """A new name of 26 characters that sorts by time of creation: 48 bits of milliseconds, 80 random bits."""
+    number = (int(time.time() * 1000) & ((1 << 48) - 1)) << 80 | int.from_bytes(os.urandom(10), "big")
+    return "".join(_CROCKFORD[(number >> shift) & 31] for shift in range(125, -5, -5))
+
+
+def content_id(*parts: object) -> str:
+    """The name of some plain data: 32 hex digits of the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
+
+
+def canonical(data: object) -> str:
+    """One line of JSON with sorted keys."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A cascade with its types, its layout and the extents of one call.
+
+    Args:
+        family: the hash of the cascade's text without its name, layout and alignment; no extents.
+        extents: every rank's extent, sorted by rank.
+        cascade: the text, for people and for a rebuild.
+    """
+
+    family: str
+    extents: tuple[tuple[str, int], ...]
+    cascade: str
+    name: str
+    dtypes: tuple[tuple[str, str], ...] = ()
+    layout: str = "contiguous"
+    alignment: int = 64
+
+    @staticmethod
+    def of(cascade: Cascade, sizes: Mapping[str, int], *, layout: str = "contiguous", alignment: int = 64) -> Workload:
+        """The workload of a call of `cascade` with these extents."""
+        return Workload(
+            family=family_of(cascade, layout, alignment),
+            extents=extents_of(cascade, sizes),
+            cascade=str(cascade),
+            name=cascade.name,
+            dtypes=tuple((t.name, t.dtype.name) for t in cascade.inputs),
+            layout=layout,
+            alignment=alignment,
+        )
+
+    @property
+    def id(self) -> str:
+        return content_id(self.family, self.extents)
+
+    @property
+    def extents_text(self) -> str:
+        """`b=1,h=8,m=1024`: the key of an exact look-up."""
+        return extents_text(self.extents)
+
+    @property
+    def bucket(self) -> str:
+        """`b=0,h=3,m=10`: the extents rounded up to powers of two."""
+        return bucket_text(self.extents)
+
+
+def family_of(cascade: Cascade, layout: str = "contiguous", alignment: int = 64) -> str:
+    """The hash that all calls of a cascade share, whatever their extents and whatever the function was called."""
+    return content_id(str(replace(cascade, name="cascade")), layout, alignment)
+
+
+def extents_of(cascade: Cascade, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The extents of the cascade's ranks that `sizes` and its declarations give, sorted by rank."""
+    known = cascade.solve_sizes(sizes)
+    return tuple((rank, int(known[rank])) for rank in sorted(cascade.all_ranks()) if rank in known)
+
+
+def extents_text(extents: Sequence[tuple[str, int]]) -> str:
+    """`b=1,h=8`: extents as one key."""
+    return ",".join(f"{rank}={extent}" for rank, extent in extents)
+
+
+def bucket_text(extents: Sequence[tuple[str, int]]) -> str:
+    """`b=0,h=3`: the exponents of the powers of two that hold the extents."""
+    return ",".join(f"{rank}={max(extent - 1, 0).bit_length()}" for rank, extent in extents)
+
+
+def parse_extents(text: object) -> tuple[tuple[str, int], ...]:
+    """The inverse of `extents_text`. Raises `Invalid`."""
+    pairs = []
+    for item in _text(text, "extents").split(",") if text else ():
+        rank, _, extent = item.partition("=")
+        if not rank.isidentifier() or not extent.isascii() or not extent.isdigit() or len(extent) > 12:
+            raise Invalid(f"extents hold {item!r}")
+        pairs.append((rank, int(extent)))
+    return tuple(pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What ran it. Memory and driver are told, but do not tell devices apart: they change without the device changing."""
+
+    vendor: str
+    model: str
+    arch: str
+    units: int
+    memory_bytes: int = 0
+    power_cap_w: float | None = None
+    driver: str = ""
+
+    @property
+    def id(self) -> str:
+        return content_id(self.vendor, self.model, self.arch, self.units, self.power_cap_w)
+
+
+@dataclass(frozen=True, slots=True)
+class Toolchain:
+    """What built it: this package, the number of its code generation, the backend and its compiler."""
+
+    version: str
+    abi: int
+    backend: str
+    compiler: str
+
+    @property
+    def id(self) -> str:
+        return content_id(self.version, self.abi, self.backend, self.compiler)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How it was timed. Times of two policies are never compared."""
+
+    mode: Literal["eager", "graph"] = "eager"
+    cache: Literal["cold", "warm"] = "cold"
+    timer: str = "perf_counter"
+    method: int = 1
+
+    @property
+    def id(self) -> str:
+        return content_id(self.mode, self.cache, self.timer, self.method)
+
+    @property
+    def preference(self) -> int:
+        """Which policy answers a look-up where several have a winner: the smallest, eager and cold first."""
+        return 2 * (self.mode != "eager") + (self.cache != "cold")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Why a candidate is taken to be right.
+
+    Args:
+        tolerance: the largest error allowed, relative to the largest magnitude of the result it was found in.
+        largest_error: the largest error found, measured the same way.
+    """
+
+    seeds: tuple[int, ...]
+    distributions: tuple[str, ...]
+    shapes: tuple[tuple[tuple[str, int], ...], ...]
+    tolerance: float
+    largest_error: float
+    oracle: str = "reference in float64"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "seeds": list(self.seeds), "distributions": list(self.distributions), "shapes": [dict(s) for s in self.shapes],
+            "tolerance": self.tolerance, "largest_error": self.largest_error, "oracle": self.oracle,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Evidence:
+        """The inverse of `to_dict`, every value checked. Raises `Invalid`."""
+        shapes = data.get("shapes")
+        if not isinstance(shapes, list) or not all(isinstance(s, dict) for s in shapes):
+            raise Invalid("evidence.shapes is no list of tables")
+        return Evidence(
+            seeds=tuple(_whole(s, "seed") for s in _list(data.get("seeds"), "seeds")),
+            distributions=tuple(_text(d, "distribution") for d in _list(data.get("distributions"), "distributions")),
+            shapes=tuple(tuple((_text(k, "rank"), _whole(v, "extent")) for k, v in s.items()) for s in shapes),
+            tolerance=_number(data.get("tolerance"), "tolerance"),
+            largest_error=_number(data.get("largest_error"), "largest_error"),
+            oracle=_text(data.get("oracle"), "oracle"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One candidate, run or failed: a fact that is only ever added.
+
+    Args:
+        samples_ms: the raw samples in the order they were taken; empty for a failure.
+        role: `trial` during the search, `final` where it was interleaved with the default and other finalists.
+        baseline_ms: the median of the default schedule in the same interleaved group.
+        run: the tuning run it belongs to, `trial` its number there.
+    """
+
+    workload: Workload
+    device: Device
+    toolchain: Toolchain
+    policy: Policy
+    schedule: Schedule
+    status: Status
+    reason: str = ""
+    samples_ms: tuple[float, ...] = ()
+    baseline_ms: float | None = None
+    role: Role = "trial"
+    evidence: Evidence | None = None
+    code: str | None = None
+    facts: tuple[tuple[str, float], ...] = ()
+    run: str = ""
+    trial: int = 0
+    host: str = ""
+    seed: int = 0
+    commit: str = ""
+    id: str = field(default_factory=ulid)
+
+    @property
+    def median_ms(self) -> float | None:
+        return statistics.median(self.samples_ms) if self.samples_ms else None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A stored measurement as far as choosing and resuming need it."""
+
+    id: str
+    schedule_id: str
+    status: Status
+    reason: str
+    role: Role
+    samples_ms: tuple[float, ...]
+    baseline_ms: float | None
+    evidence: str | None
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> Sampled:
+        """A row of `measurement`, every value checked. Raises `Invalid`."""
+        status = row["status"]
+        if status not in get_args(Status):
+            raise Invalid(f"status is {status!r}")
+        samples = parse_samples(row["samples_ms"])
+        if (status == "ok") != bool(samples):
+            raise Invalid(f"status {status} with {len(samples)} samples")
+        if row["role"] not in get_args(Role):
+            raise Invalid(f"role is {row['role']!r}")
+        baseline, evidence = row["baseline_ms"], row["evidence"]
+        return Sampled(
+            id=_text(row["id"], "id"),
+            schedule_id=_text(row["schedule"], "schedule"),
+            status=cast(Status, status),
+            reason=_text(row["reason"], "reason"),
+            role=row["role"],
+            samples_ms=samples,
+            baseline_ms=None if baseline is None else _positive(baseline, "baseline_ms"),
+            evidence=None if evidence is None else _text(evidence, "evidence"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The winner of a workload on a device under a toolchain.
+
+    Args:
+        relative: its time over the default schedule's in the same interleaved run; None if they never ran together.
+    """
+
+    workload: str
+    family: str
+    extents: tuple[tuple[str, int], ...]
+    device: str
+    toolchain: str
+    policy: str
+    schedule: Schedule
+    measurement: str
+    median_ms: float
+    relative: float | None
+    samples: int
+    name: str = ""
+    device_model: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "workload": self.workload, "name": self.name, "family": self.family, "extents": dict(self.extents),
+            "device": self.device, "device_model": self.device_model, "toolchain": self.toolchain, "policy": self.policy,
+            "schedule_id": self.schedule.hash, "schedule": self.schedule.to_dict(), "measurement": self.measurement,
+            "median_ms": self.median_ms, "relative": self.relative, "samples": self.samples,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> Record:
+        """A row of `best`, every value checked. Raises `Invalid`."""
+        relative = row["relative"]
+        return Record(
+            workload=row["workload"],
+            family=row["family"],
+            extents=parse_workload(row["workload"], row["family"], row["extents"]),
+            device=_text(row["device"], "device"),
+            toolchain=_text(row["toolchain"], "toolchain"),
+            policy=_text(row["policy"], "policy"),
+            schedule=parse_schedule(row["schedule_json"], row["schedule"]),
+            measurement=_text(row["measurement"], "measurement"),
+            median_ms=_positive(row["median_ms"], "median_ms"),
+            relative=None if relative is None else _positive(relative, "relative"),
+            samples=_whole(row["samples"], "samples"),
+            name=_text(row["name"], "name"),
+            device_model=_text(row["model"], "model"),
+        )
+
+
+def parse_workload(name: object, family: object, extents: object) -> tuple[tuple[str, int], ...]:
+    """The extents of a stored workload whose family and extents hash to its own name. Raises `Invalid`."""
+    found = parse_extents(extents)
+    if content_id(_text(family, "family"), found) != name:
+        raise Invalid(f"workload {str(name)[:80]!r} is not that of its extents")
+    return found
+
+
+def parse_schedule(text: object, name: object) -> Schedule:
+    """A stored schedule that is well-formed and hashes to its own name. Raises `Invalid`."""
+    try:
+        schedule = Schedule.from_json(_text(text, "schedule"))
+    except ScheduleError as error:
+        raise Invalid(error.what) from None
+    if schedule.hash != name:
+        raise Invalid(f"schedule {name!r} hashes to {schedule.hash}")
+    return schedule
+
+
+def parse_samples(text: object) -> tuple[float, ...]:
+    """Stored samples: a JSON list of positive finite numbers. Raises `Invalid`."""
+    values = _list(parse_json(text, "samples_ms"), "samples_ms")
+    if len(values) > MAX_SAMPLES:
+        raise Invalid(f"{len(values)} samples")
+    return tuple(_positive(v, "a sample") for v in values)
+
+
+def parse_json(text: object, what: str) -> object:
+    """JSON data of bounded size. Raises `Invalid`."""
+    try:
+        return json.loads(_text(text, what))
+    except (ValueError, RecursionError) as error:
+        raise Invalid(f"{what} is not JSON: {error}") from None
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise Invalid(f"{what} is {str(value)[:80]!r}")
+    return value
+
+
+def _list(value: object, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise Invalid(f"{what} is {str(value)[:80]!r}")
+    return value
+
+
+def _whole(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise Invalid(f"{what} is {str(value)[:80]!r}")
+    return value
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
+        raise Invalid(f"{what} is {str(value)[:80]!r}")
+    return float(value)
+
+
+def _positive(value: object, what: str) -> float:
+    number = _number(value, what)
+    if number <= 0:
+        raise Invalid(f"{what} is {number}")
+    return number
