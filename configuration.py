@@ -87,7 +87,7 @@ def current() -> Settings:
     return _PROCESS.get()
 
 
-class configure:  # noqa: N801 - used as a function and as a context
+class configure:
     """Change settings of this process from now on; as a context manager, until its block ends.
 
         ef.configure(database="tuned.db")

@@ -81,7 +81,7 @@ def read_entry(folder: Path) -> Entry:
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BuildError(f"{folder} holds no {MANIFEST}", hint="a folder that Executable.save or `einfall compile -o` has written") from None
+        raise BuildError(f"{folder} holds no {MANIFEST}", hint="a folder written by .save or `einfall compile -o`") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BuildError(f"{folder / MANIFEST} cannot be read: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("facts"), dict) or not isinstance(data.get("files"), dict):
@@ -133,7 +133,8 @@ class DiskCache:
         folder = self.folder(kind, key)
         if folder is None:
             return
-        warnings.warn(f"einfall: the cache entry {folder} is damaged ({reason}); it is removed and built again", RuntimeWarning, stacklevel=3)
+        text = f"einfall: the cache entry {folder} is damaged ({reason}); it is removed and built again"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
         with contextlib.suppress(OSError):  # moved aside first: a rename cannot be half done
             aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent))
             os.replace(folder, aside / "entry")

@@ -1,0 +1,306 @@
+"""A compiled cascade: kernels in launch order, bound to tensors once a signature and then only launched.
+
+    Executable(*tensors, **scalars) -> the output, or a tuple of them
+
+What a call is checked for (ranks, extents, types, devices, layouts) depends on the shapes, strides and types of the tensors alone.
+It is checked when such a signature is first seen; afterwards a call is a look-up, the allocation of the outputs, and the launches.
+Extents that no kernel was specialised to are arguments of the launch, so one executable serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..ir.binding import bind_sizes, to_torch
+from ..ir.cascade import Axis, Cascade
+from ..ir.errors import BindingError, UnsupportedError
+from ..ir.tile import TileProgram
+from ..ir.types import dtype as dtype_named
+from ..schedules.schedule import Schedule
+from .binding import arguments, given_outputs, shape_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..backends.base import Artifact
+    from ..ir.plan import Plan
+
+MEMO_LIMIT = 4096  # signatures kept; a cache that grows by one key a step would otherwise never stop
+
+Function = Callable[..., object]
+Tensors = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor that a kernel writes: a result of the cascade, or an intermediate that a later kernel reads."""
+
+    name: str
+    axes: tuple[Axis, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel: the tensors and scalars it takes, in order, and the extents it was specialised to."""
+
+    kernel: str
+    inputs: tuple[str, ...]
+    outputs: tuple[Written, ...]
+    scalars: tuple[str, ...]
+    static: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(program: TileProgram) -> Call:
+        """How `program` is called."""
+        sizes = {declaration.name: program.static_size(declaration.name) for declaration in program.ranks}
+        return Call(
+            kernel=program.name,
+            inputs=tuple(t.name for t in program.inputs),
+            outputs=tuple(Written(o.name, o.output.axes, o.dtype.name) for o in program.outputs),
+            scalars=tuple(s.name for s in program.scalars),
+            static=tuple(sorted((rank, size) for rank, size in sizes.items() if size is not None)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Call:
+        """The inverse of `to_dict`. Raises `KeyError` or `TypeError` for anything else."""
+        return Call(
+            kernel=str(data["kernel"]),
+            inputs=tuple(str(name) for name in data["inputs"]),
+            outputs=tuple(
+                Written(str(o["name"]), tuple(tuple(str(r) for r in axis) for axis in o["axes"]), str(o["dtype"])) for o in data["outputs"]
+            ),
+            scalars=tuple(str(name) for name in data["scalars"]),
+            static=tuple((str(rank), int(size)) for rank, size in data["static"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A launch with its arguments as positions: in the list of inputs, outputs and temporaries, and in that of scalars."""
+
+    function: Function
+    tensors: tuple[int, ...]
+    scalars: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a signature was checked to: the tensors to allocate (outputs, then temporaries) and the launches."""
+
+    allocated: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    outputs: int
+    steps: tuple[Step, ...]
+    differentiable: bool
+
+
+class Executable:
+    """See the module.
+
+    Attributes:
+        cascade, target, sizes: what was compiled, for which machine, and the extents of the call it was compiled for.
+        schedule: the schedule of its kernels, as given or chosen.
+        source: the text that was handed to the target's compiler, all kernels.
+        artifacts: what that compiler made, one a kernel.
+        facts: what is known of the binaries.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        target: str,
+        schedule: Schedule,
+        sizes: Mapping[str, int],
+        calls: Sequence[Call],
+        artifacts: Sequence[Artifact],
+    ) -> None:
+        self.cascade = cascade
+        self.target = target
+        self.schedule = schedule
+        self.sizes = dict(sizes)
+        self.calls = tuple(calls)
+        self.artifacts = tuple(artifacts)
+        self.static = {rank: size for call in calls for rank, size in call.static}
+        self._names = tuple(t.name for t in cascade.inputs)
+        self._scalars = tuple(s.name for s in cascade.scalars)
+        self._converters = tuple((s.name, float if s.dtype.is_float else int) for s in cascade.scalars)
+        self._memo: dict[tuple[object, ...], Bound] = {}
+        self._functions: tuple[Function, ...] | None = None
+        self._plan: Plan | None = None
+        self._programs: tuple[TileProgram, ...] | None = None
+
+    def __call__(self, *tensors: torch.Tensor, out: Tensors | None = None, **named: Any) -> Any:
+        """Run on tensors in the order of the cascade's inputs (or by name), with scalars by name.
+
+        Returns the output, or a tuple in the order of the cascade's outputs; `out` gives the tensors to write instead.
+        Raises `BindingError` naming the argument that does not fit.
+        """
+        try:
+            key = tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in tensors])
+            bound = self._memo[key]
+            scalars = [convert(named[name]) for name, convert in self._converters]
+            if len(scalars) != len(named):
+                raise KeyError
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # something is new or wrong: look closely
+            tensors, scalars, bound = self._bind(tensors, named)
+        return self.launch(bound, tensors, scalars, out)
+
+    def launch(self, bound: Bound, tensors: Sequence[torch.Tensor], scalars: Sequence[Any], out: Tensors | None = None) -> Any:
+        """Run the kernels on tensors whose signature was bound before."""
+        if bound.differentiable:
+            tensors = self._detached(tensors)
+        slots = [*tensors]
+        allocated = bound.allocated
+        if out is not None:
+            slots += given_outputs(self.cascade, tensors, out, allocated[: bound.outputs])
+            allocated = allocated[bound.outputs :]
+        for shape, dtype in allocated:
+            slots.append(torch.empty(shape, dtype=dtype))
+        for step in bound.steps:
+            step.function(*[slots[i] for i in step.tensors], *[scalars[i] for i in step.scalars])
+        if bound.outputs == 1:
+            return slots[len(tensors)]
+        return tuple(slots[len(tensors) : len(tensors) + bound.outputs])
+
+    def bind(self, tensors: Sequence[torch.Tensor]) -> Bound:
+        """Check tensors, in the order of the cascade's inputs, and remember their signature."""
+        key = tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in tensors])
+        bound = self._memo.get(key)
+        if bound is None:
+            bound = self._checked(dict(zip(self._names, tensors, strict=True)))
+            if len(self._memo) >= MEMO_LIMIT:
+                self._memo.clear()
+            self._memo[key] = bound
+        return bound
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the kernels serve these extents, that is, whether the ones they were specialised to are the same."""
+        return all(sizes.get(rank, size) == size for rank, size in self.static.items())
+
+    @property
+    def source(self) -> str:
+        """The emitted source of all kernels, in launch order."""
+        return "\n\n".join(artifact.source.text for artifact in self.artifacts)
+
+    @property
+    def artifact(self) -> Artifact:
+        """What the target's compiler made of the only kernel, or of the last one where there are several (see `artifacts`)."""
+        return self.artifacts[-1]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the binary; by kernel where there are several."""
+        from ..backends.registry import backend_for
+
+        found = [backend_for(a.source.target).facts(a) for a in self.artifacts]
+        return dict(found[0]) if len(found) == 1 else {call.kernel: dict(f) for call, f in zip(self.calls, found, strict=True)}
+
+    @property
+    def plan(self) -> Plan:
+        """The derived plan; worked out again where the executable came from a cache or a file."""
+        if self._plan is None:
+            from .passes import make_plan
+
+            self._plan = make_plan(self.cascade, self.sizes)
+        return self._plan
+
+    @property
+    def programs(self) -> tuple[TileProgram, ...]:
+        """The tile programs of the kernels, in launch order."""
+        if self._programs is None:
+            from .lower import lower
+
+            self._programs = lower(self.plan, self.schedule, self.sizes)
+        return self._programs
+
+    @property
+    def program(self) -> TileProgram:
+        """The tile program of the only kernel, or of the last one where there are several (see `programs`)."""
+        return self.programs[-1]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write source, binaries and a manifest into `folder`, for `ef.load`. Returns the folder.
+
+        Raises `BuildError` for a folder that holds something else or cannot be written.
+        """
+        from .store import save_executable
+
+        return save_executable(self, folder)
+
+    def __repr__(self) -> str:
+        static = ", ".join(f"{rank}={size}" for rank, size in self.static.items()) or "nothing"
+        kernels = ", ".join(call.kernel for call in self.calls)
+        return f"<einfall.Executable {self.cascade.name} for {self.target}: {kernels}; specialised to {static}>"
+
+    # -- the slow path: a signature seen for the first time, tensors by name, or a mistake ----------------------------------------
+
+    def _bind(self, tensors: Sequence[Any], named: Mapping[str, Any]) -> tuple[tuple[torch.Tensor, ...], list[float | int], Bound]:
+        given, scalars = arguments(self.cascade, tensors, named)
+        return given, scalars, self.bind(given)
+
+    def _checked(self, tensors: Mapping[str, torch.Tensor]) -> Bound:
+        sizes = bind_sizes(self.cascade, tensors)
+        for name, tensor in tensors.items():
+            self._check_kind(name, tensor)
+        for rank, size in self.static.items():
+            if sizes.get(rank, size) != size:
+                raise BindingError(
+                    f"rank {rank} has extent {sizes[rank]}, but this executable was specialised to {rank} = {size}",
+                    cascade=self.cascade.name,
+                    hint="call the kernel itself, which compiles again, or .compile() for these extents",
+                )
+        return self._steps(sizes, any(t.requires_grad for t in tensors.values()))
+
+    def _check_kind(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.layout is not torch.strided:
+            raise BindingError(f"{name} has the layout {tensor.layout}", cascade=self.cascade.name, hint=f"{name}.to_dense()")
+        if not tensor.is_cpu:
+            raise UnsupportedError(
+                f"{name} lies on {tensor.device}; this executable was built for {self.target}",
+                cascade=self.cascade.name,
+                hint=f"{name}.cpu(): kernels of this version run on the CPU",
+            )
+        if tensor.is_neg():
+            raise BindingError(f"{name} is a lazily negated view", cascade=self.cascade.name, hint=f"{name}.resolve_neg()")
+
+    def _steps(self, sizes: Mapping[str, int], differentiable: bool) -> Bound:
+        if self._functions is None:
+            from ..backends.registry import backend_for
+
+            self._functions = tuple(backend_for(a.source.target).load(a) for a in self.artifacts)
+        written = {o.name: o for call in self.calls for o in call.outputs}
+        results = [o.name for o in self.cascade.outputs]
+        temporaries = [name for name in written if name not in results]
+        slot = {name: i for i, name in enumerate((*self._names, *results, *temporaries))}
+        allocated = tuple(
+            (shape_of(written[name].axes, sizes), to_torch(dtype_named(written[name].dtype))) for name in (*results, *temporaries)
+        )
+        steps = tuple(
+            Step(
+                function,
+                tuple(slot[name] for name in (*call.inputs, *(o.name for o in call.outputs))),
+                tuple(self._scalars.index(name) for name in call.scalars),
+            )
+            for function, call in zip(self._functions, self.calls, strict=True)
+            if all(size > 0 for o in call.outputs for size in shape_of(o.axes, sizes))  # nothing to write, nothing to launch
+        )
+        return Bound(allocated, len(results), steps, differentiable)
+
+    def _detached(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if torch.is_grad_enabled():
+            names = [name for name, t in zip(self._names, tensors, strict=True) if t.requires_grad]
+            raise UnsupportedError(
+                f"{' and '.join(names)} require{'s' if len(names) == 1 else ''} a gradient, and kernels have no backward yet",
+                cascade=self.cascade.name,
+                hint="call it under torch.no_grad(), or pass .detach()ed tensors; .reference(...) is differentiable",
+            )
+        return [t.detach() for t in tensors]
