@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .cascade import Cascade, Einsum, Statement
+from .cascade import Cascade, Einsum
 from .expr import Const, Expr
 
 
@@ -50,19 +50,26 @@ class Correction:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """`name[ranks] = op(stream) summand`, kept while streaming. `owner` is the first reduction that needs it.
+    """`name[ranks] = op(over where ...) summand`, kept while streaming. `owner` is the first reduction that needs it.
 
-    `addend` marks a state of max or min whose origin shift is added rather than multiplied.
+    The summand is over opaque elements and origins. A correction without terms leaves the state as it is. For an arg reduction the
+    state is the index of the first extreme summand.
     """
 
     name: str
     op: str
     identity: Const
     ranks: tuple[str, ...]
+    over: tuple[str, ...]
     summand: Expr
+    where: Expr | None
     correction: Correction
     owner: str
-    is_count: bool = False
+
+    @property
+    def is_count(self) -> bool:
+        """Whether the state counts the points of its domain."""
+        return self.op == "sum" and self.summand == Const(1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +84,9 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """Affine predicates on the stream rank outside of which every summand is the identity."""
+    """Comparisons of the stream rank's index with values free of it; outside of them every summand of the stage is the identity."""
 
-    predicates: tuple[Expr, ...]
+    predicates: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +106,15 @@ class Stage:
 class KernelPlan:
     """One kernel: the stages that stream `stream` one after the other, then what is stored.
 
-    `statements` are the maps and inner reductions it computes on demand; `outputs` the tensors it stores, results of the cascade or
-    intermediates that a later kernel reads; `inside` says for each output whether it is stored in a last stream over the rank.
+    `inputs` are the tensors it reads: inputs of the cascade and what earlier kernels stored. `statements` are the maps and inner
+    reductions it computes on demand. `outputs` are what it stores; one that has the stream rank is stored in a last stream over it.
     """
 
     name: str
     stream: str | None
     stages: tuple[Stage, ...]
-    statements: tuple[Statement, ...]
+    statements: tuple[Einsum, ...]
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 

@@ -1,0 +1,58 @@
+"""The rewrites, in order, and the plan they end in.
+
+A rewrite is a function Cascade -> Cascade that keeps the meaning; `PIPELINE` lists them with the reason for their place.
+`make_plan` runs them and partitions the result into kernels whose reductions are streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from .canonicalize_exponentials import canonicalize_exponentials
+from .decide_logic import decide_logic
+from .lift_predicates import lift_predicates
+from .merge_duplicates import merge_duplicates
+from .sink_accesses import sink_accesses
+
+if TYPE_CHECKING:
+    from ...ir.cascade import Cascade
+    from ...ir.plan import Plan
+
+Rewrite = Callable[["Cascade"], "Cascade"]
+
+PIPELINE: tuple[tuple[Rewrite, str], ...] = (
+    (merge_duplicates, "first, so that later passes see each computation once"),
+    (decide_logic, "any and all become max and min before masks and laws look at reductions"),
+    (sink_accesses, "before predicates, since a shifted read brings a condition of its own"),
+    (lift_predicates, "before exponents are rewritten, while -inf still marks what a mask hides"),
+    (canonicalize_exponentials, "last before streaming: it removes origins"),
+    (merge_duplicates, "again: the passes above make equal statements"),
+)
+
+
+def prepare(cascade: Cascade) -> tuple[Cascade, tuple[str, ...]]:
+    """The cascade after the pipeline, and a note for each pass that changed it."""
+    notes: list[str] = []
+    for rewrite, _ in PIPELINE:
+        new = rewrite(cascade)
+        if new != cascade:
+            notes.append(rewrite.__name__)
+        cascade = new
+    return cascade, tuple(notes)
+
+
+def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, online: bool = True) -> Plan:
+    """The kernels that compute `cascade`, derived for extents like `sizes`.
+
+    Args:
+        sizes: the extent of each rank of the inputs at the call; decides only which ranks are short enough to be held whole.
+        online: whether dependent reductions over a rank may share a pass by carrying corrected states.
+
+    Raises `UnsupportedError` naming the statement that cannot be lowered.
+    """
+    from ...ir.plan import Plan
+    from .partition_kernels import partition_kernels
+
+    prepared, notes = prepare(cascade)
+    return Plan(prepared, partition_kernels(prepared, sizes, online=online), notes)

@@ -1,0 +1,206 @@
+"""`partition_kernels`: which statements share a kernel, and what that kernel streams.
+
+A kernel is grown backwards from the tensors it stores. Its stream is a rank that the last reductions before them reduce; other
+reductions on the way are done within a tile, over ranks held whole, unless such a rank is also one that the kernel iterates over
+or is too long for that: then the reduction's result is stored by a kernel of its own (statistics are exported, not elements).
+Stored tensors with the same stream and grid share a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...ir.cascade import Cascade, Einsum, Statement, defined
+from ...ir.errors import UnsupportedError
+from ...ir.expr import Index, reads
+from ...ir.plan import KernelPlan
+from .graph import definitions, dependencies
+from .stream_reductions import Streamer
+
+RESIDENT_LIMIT = 1024
+INNER_LIMIT = 1 << 14
+SHARED_LIMIT = 256
+
+
+@dataclass(slots=True)
+class _Group:
+    """A kernel while it grows."""
+
+    stream: str | None
+    ranks: frozenset[str]
+    roots: list[str] = field(default_factory=list)
+
+
+def partition_kernels(cascade: Cascade, sizes: Mapping[str, int], *, online: bool = True) -> tuple[KernelPlan, ...]:
+    """The kernels in launch order. Raises `UnsupportedError` naming a statement that no kernel can hold yet."""
+    return _Partitioner(cascade, sizes, online).kernels()
+
+
+class _Partitioner:
+    def __init__(self, cascade: Cascade, sizes: Mapping[str, int], online: bool) -> None:
+        self.cascade = cascade
+        self.sizes = {**cascade.solve_sizes(sizes)}
+        self.static = cascade.static_sizes()
+        self.online = online
+        self.table = definitions(cascade)
+        self.depends = dependencies(cascade)
+        self.order = {name: i for i, s in enumerate(cascade.body) for name, _ in defined(s)}
+
+    def kernels(self) -> tuple[KernelPlan, ...]:
+        plans: list[KernelPlan] = []
+        stored: set[str] = set()
+        pending = [o.name for o in self.cascade.outputs]
+        while pending:
+            groups = self._group([name for name in dict.fromkeys(pending) if name not in stored])
+            stored.update(pending)
+            pending = []
+            for group in groups:
+                plan, missing = self._grow(group, len(plans))
+                plans.append(plan)
+                pending.extend(name for name in missing if name not in stored)
+        return self._sorted(plans)
+
+    def _group(self, roots: list[str]) -> list[_Group]:
+        groups: list[_Group] = []
+        for root in sorted(roots, key=lambda name: self.order.get(name, -1)):
+            stream = self._stream(root)
+            ranks = frozenset(self._ranks(root)) - {stream}
+            for group in groups:
+                if group.stream == stream and self._share(group.ranks, ranks):
+                    group.roots.append(root)
+                    group.ranks = group.ranks | ranks
+                    break
+            else:
+                groups.append(_Group(stream, ranks, [root]))
+        return groups
+
+    def _share(self, a: frozenset[str], b: frozenset[str]) -> bool:
+        """Whether two results may be made by the same tasks: ranks that one of them lacks are short."""
+        extra = 1
+        for rank in a ^ b:
+            extra *= self.sizes.get(rank, INNER_LIMIT)
+        return (a <= b or b <= a) and extra <= SHARED_LIMIT
+
+    # the stream --------------------------------------------------------------------------------------------------------
+
+    def _stream(self, root: str) -> str | None:
+        last = self._last_reductions(root)
+        mine = set(self._ranks(root))
+        candidates: dict[str, None] = {}
+        for r in last:
+            for rank in r.over:
+                if rank in mine and self.static.get(rank, RESIDENT_LIMIT + 1) <= RESIDENT_LIMIT:
+                    continue
+                candidates[rank] = None
+        free = [rank for rank in candidates if not any(self._feeds(rank, r) for r in last if rank not in r.over)]
+        ranked = sorted(free or candidates, key=lambda rank: -self.sizes.get(rank, INNER_LIMIT))
+        return ranked[0] if ranked else None
+
+    def _last_reductions(self, root: str) -> list[Einsum]:
+        """The reductions from which `root` is reached through maps alone."""
+        found: dict[str, Einsum] = {}
+
+        def visit(name: str) -> None:
+            s = self.table.get(name)
+            if s is None or name in found:
+                return
+            if not isinstance(s, Einsum):
+                raise self._unsupported(s)
+            if s.op is not None:
+                found[name] = s
+                return
+            for e in (s.expr, *([s.where] if s.where is not None else [])):
+                for r in reads(e):
+                    visit(r.tensor)
+
+        visit(root)
+        return list(found.values())
+
+    def _feeds(self, rank: str, r: Einsum) -> bool:
+        """Whether a reduction over `rank` comes before `r`."""
+        return any(isinstance(s := self.table.get(n), Einsum) and rank in s.over for n in self.depends[r.out])
+
+    # the statements ------------------------------------------------------------------------------------------------------
+
+    def _grow(self, group: _Group, index: int) -> tuple[KernelPlan, list[str]]:
+        reductions: dict[str, None] = {}
+        statements: dict[str, Einsum] = {}
+        inputs: dict[str, None] = {}
+        missing: list[str] = []
+
+        def visit(name: str) -> None:
+            if name in reductions or name in statements or name in inputs:
+                return
+            s = self.table.get(name)
+            if s is None:
+                inputs[name] = None
+                return
+            if not isinstance(s, Einsum):
+                raise self._unsupported(s)
+            streamed = s.op is not None and group.stream in s.over
+            if name not in group.roots and s.op is not None and not streamed and not self._inner(s, group):
+                inputs[name] = None
+                missing.append(name)
+                return
+            if streamed:
+                reductions[name] = None
+            else:
+                statements[name] = s
+            for e in (s.expr, *([s.where] if s.where is not None else [])):
+                for r in reads(e):
+                    self._check_aligned(s, r.tensor, r.coords)
+                    visit(r.tensor)
+
+        for root in group.roots:
+            visit(root)
+        names = sorted(reductions, key=self.order.__getitem__)
+        stages = Streamer(self.cascade, group.stream, names, online=self.online).stages() if group.stream is not None else ()
+        ordered = tuple(statements[n] for n in sorted(statements, key=self.order.__getitem__))
+        name = self.cascade.name if index == 0 else f"{self.cascade.name}_{index}"
+        return KernelPlan(name, group.stream, stages, ordered, tuple(inputs), tuple(group.roots)), missing
+
+    def _inner(self, s: Einsum, group: _Group) -> bool:
+        """Whether the reduction can be done within a tile of the kernel."""
+        size = 1
+        for rank in s.over:
+            size *= self.sizes.get(rank, INNER_LIMIT + 1)
+        return size <= INNER_LIMIT and not set(s.over) & (group.ranks | {group.stream})
+
+    def _check_aligned(self, s: Einsum, tensor: str, coords: tuple[object, ...]) -> None:
+        source = self.table.get(tensor)
+        if isinstance(source, Einsum) and coords != tuple(Index(r) for r in source.ranks):
+            raise UnsupportedError(
+                f"{tensor} is a result of this cascade and is read away from its own indices",
+                cascade=self.cascade.name, statement=s.out, location=s.location,
+                hint=f"make {tensor} a cascade of its own and pass it in",
+            )  # fmt: skip
+
+    def _unsupported(self, s: Statement) -> UnsupportedError:
+        name = defined(s)[0][0]
+        kind = type(s).__name__.lower()
+        return UnsupportedError(
+            f"{name} is a {kind}, which this version evaluates in the reference but does not lower to a kernel",
+            cascade=self.cascade.name, statement=name, location=s.location,
+            hint=f"use .reference(...), or compute {name} with torch and pass it in",
+        )  # fmt: skip
+
+    def _ranks(self, name: str) -> tuple[str, ...]:
+        s = self.table.get(name)
+        if s is None:
+            tensor = self.cascade.input(name)
+            return tensor.ranks if tensor is not None else ()
+        return dict(defined(s))[name]
+
+    def _sorted(self, plans: list[KernelPlan]) -> tuple[KernelPlan, ...]:
+        """Producers before consumers, otherwise as found."""
+        ready: list[KernelPlan] = []
+        waiting = list(plans)
+        while waiting:
+            made = {name for p in waiting for name in p.outputs}
+            free = [p for p in waiting if not made & set(p.inputs) - set(p.outputs)]
+            ready.extend(free)
+            waiting = [p for p in waiting if p not in free]
+            if not free:
+                raise UnsupportedError("the kernels of this cascade would need each other's results", cascade=self.cascade.name)
+        return tuple(ready)

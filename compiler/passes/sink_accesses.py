@@ -1,0 +1,77 @@
+"""`sink_accesses`: shifted, affine and gathered reads move down to inputs.
+
+    P[b,v] = exp(L[b,v] - M[b])                   T[b] = exp(L[b, X[b]] - M[b])
+    T[b]   = P[b, X[b]]                     ->
+
+    Z[t,v] = sum(e) A[t,e] * W[v,e]               Z_at[t] = sum(e) A[t,e] * W[Y[t], e]
+    T[t]   = Z[t, Y[t]]                     ->    T[t]    = Z_at[t]
+
+Without it a single element read from a value would keep the whole value in memory. Through a reduction the access makes a new,
+smaller reduction. Reads through scans, populates, concatenations and blocks stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...ir.cascade import Cascade, Einsum, Statement
+from ...ir.expr import Const, Expr, Extent, Index, Op, Read, aligned, rewrite
+from ...ir.infer import expression_ranks
+from .graph import at_coordinates, definitions, drop_unused, fresh, map_expressions
+
+
+def sink_accesses(cascade: Cascade) -> Cascade:
+    """No map is read but at its own indices; no plain reduction either."""
+    table = definitions(cascade)
+    taken = {*table, *(t.name for t in cascade.inputs)}
+    made: dict[Read, str] = {}
+    body: list[Statement] = []
+    extra: list[Statement] = []
+
+    def rule(node: Expr) -> Expr | None:
+        if not isinstance(node, Read):
+            return None
+        statement = table.get(node.tensor)
+        if not isinstance(statement, Einsum) or node.coords == tuple(Index(r) for r in statement.ranks):
+            return None
+        coordinates = dict(zip(statement.ranks, node.coords, strict=True))
+        if statement.op is None:
+            value: Expr | None = sink(at_coordinates(statement.expr, coordinates))
+        else:
+            value = reduced_at(replace(node, fill=None), statement, coordinates)
+        if value is None:
+            return None
+        return value if node.fill is None else Op("where", (_inside(coordinates), value, node.fill))
+
+    def reduced_at(node: Read, statement: Einsum, coordinates: dict[str, Expr]) -> Expr | None:
+        ranks = tuple(dict.fromkeys(r for c in node.coords for r in expression_ranks(c)))
+        if set(ranks) & set(statement.over):
+            return None
+        if node not in made:
+            made[node] = fresh(f"{statement.out}_at", taken)
+            taken.add(made[node])
+            where = None if statement.where is None else sink(at_coordinates(statement.where, coordinates))
+            new = replace(statement, out=made[node], ranks=ranks, expr=sink(at_coordinates(statement.expr, coordinates)), where=where)
+            table[new.out] = new
+            extra.append(new)
+        return aligned(made[node], *ranks)
+
+    def sink(e: Expr) -> Expr:
+        return rewrite(e, rule)
+
+    for statement in cascade.body:
+        new = map_expressions(statement, sink)
+        body.extend(extra)
+        extra.clear()
+        body.append(new)
+    return drop_unused(replace(cascade, body=tuple(body)))
+
+
+def _inside(coordinates: dict[str, Expr]) -> Expr:
+    """The condition that every coordinate which is not its own rank's index lies inside the tensor."""
+    condition: Expr = Const(True)
+    for rank, c in coordinates.items():
+        if c != Index(rank):
+            both = Op("and", (Op("ge", (c, Const(0))), Op("lt", (c, Extent(rank)))))
+            condition = both if condition == Const(True) else Op("and", (condition, both))
+    return condition

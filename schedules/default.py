@@ -1,0 +1,61 @@
+"""The schedule that is used before anything was measured: tile sizes from the roles of the ranks and their extents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..ir.plan import KernelPlan, Plan
+from .roles import Roles, kernel_roles
+from .schedule import Schedule
+from .target import Target
+
+ROWS = 64
+STREAM = 128
+STREAM_FLAT = 4096
+LANES = 256
+POINTS_FLAT = 4096
+
+
+def default_schedule(plan: Plan, sizes: Mapping[str, int], target: Target) -> Schedule:
+    """Tile sizes for every kernel; layouts and register tiles are left to `layout.complete`.
+
+    With a contraction: 64 rows share tiles of 128 along the stream. Without: one row, a stream tile of up to 4096.
+    Entries are `rank`, or `kernel.rank` where two kernels differ.
+    """
+    known = plan.cascade.solve_sizes(sizes)
+    tables = [(k, default_tiles(kernel_roles(plan.cascade, k, known), known)) for k in plan.kernels]
+    tile: dict[str, int] = {}
+    for kernel, table in tables:
+        for rank, n in table.items():
+            same = all(other.get(rank, n) == n for _, other in tables)
+            tile[rank if same else f"{kernel.name}.{rank}"] = n
+    return Schedule.make(tile=tile)
+
+
+def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The tile of each grid rank and of the stream of one kernel."""
+    tile: dict[str, int] = dict.fromkeys(roles.units, 1)
+    budget = ROWS if roles.contracts else 1
+    for rank in sorted(roles.rows, key=lambda r: -sizes.get(r, ROWS)):
+        tile[rank] = min(budget, ceil_power(sizes.get(rank, ROWS)))
+        budget = max(1, budget // tile[rank])
+    for rank in roles.lanes:
+        tile[rank] = min(LANES if roles.stream is not None else POINTS_FLAT, ceil_power(sizes.get(rank, LANES), 16))
+    if roles.stream is not None:
+        longest = STREAM if roles.contracts or roles.lanes else STREAM_FLAT
+        tile[roles.stream] = min(longest, ceil_power(sizes.get(roles.stream, longest), 16))
+    return tile
+
+
+def tile_of(schedule: Schedule, kernel: KernelPlan, rank: str) -> int | None:
+    """The schedule's tile of a rank in a kernel; the kernel's own entry wins."""
+    table = dict(schedule.tile)
+    return table.get(f"{kernel.name}.{rank}", table.get(rank))
+
+
+def ceil_power(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    power = least
+    while power < n:
+        power *= 2
+    return power
