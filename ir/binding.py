@@ -200,7 +200,8 @@ class _Solver:
         ranks = self.cascade.tensor_ranks()
         for expression in expressions(statement):
             for read in reads(expression):
-                self._renaming(read, ranks[read.tensor])
+                if len(read.coords) == len(ranks.get(read.tensor, ())):  # what is malformed is named by the check of the cascade
+                    self._renaming(read, ranks[read.tensor])
 
     def _derive(self, rank: str, size: Expr, source: str) -> None:
         value = self._value(size)

@@ -26,6 +26,8 @@ def expression_type(e: Expr, types: Mapping[str, DType]) -> tuple[DType, bool]:
         case Index() | Extent() | Start() | Count() | Seen():
             return i32, False
         case Read(tensor=tensor):
+            if tensor not in types:
+                raise CascadeError(f"'{tensor}' is read before it is defined")
             return types[tensor], False
         case Tile(name=name):
             return types.get(name, f32), False
