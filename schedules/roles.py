@@ -1,7 +1,6 @@
 """What each rank of a kernel is: a grid rank, the stream, or resident in a tile. It follows from the plan and the extents.
 
-A rank is of the grid if every stored tensor has it and repeating the work that lacks it costs little; a rank that all streamed
-inputs carry has tiles of one element unless it is the one along memory; the others are row ranks, which share a streamed tile.
+A rank is of the grid if every stored tensor has it and little of the work lacks it; a rank that all streamed inputs carry has tiles of one element unless it is the one along memory; the others are row ranks, which share a streamed tile.
 """
 
 from __future__ import annotations
@@ -92,13 +91,11 @@ def _belongs_to_grid(rank: str, work: list[tuple[tuple[str, ...], bool]], sizes:
         lacking += 0.0 if rank in ranks else points
     lack = lacking / total if total else 0.0
     size = sizes.get(rank)
-    if lack == 0.0:
+    if lack <= LACK_STATIC:
         return True
     if size is None:
         return lack <= LACK_DYNAMIC
-    if size <= RESIDENT:
-        return False
-    return lack * (-(-size // RESIDENT) - 1) <= LACK_STATIC or lack <= LACK_DYNAMIC
+    return size > RESIDENT and lack <= LACK_DYNAMIC
 
 
 def _streamed_inputs(cascade: Cascade, kernel: KernelPlan) -> list[tuple[str, ...]]:

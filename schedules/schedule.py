@@ -60,6 +60,11 @@ class Schedule:
     stream: tuple[tuple[str, Stream], ...] = ()
     version: int = VERSION
 
+    @property
+    def repeated(self) -> frozenset[str]:
+        """The ranks whose dependent reductions take a pass each; `make_plan` needs them."""
+        return frozenset(rank for rank, choice in self.stream if choice == "repeat")
+
     @staticmethod
     def make(
         *,

@@ -42,12 +42,12 @@ def prepare(cascade: Cascade) -> tuple[Cascade, tuple[str, ...]]:
     return cascade, tuple(notes)
 
 
-def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, online: bool = True) -> Plan:
+def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset()) -> Plan:
     """The kernels that compute `cascade`, derived for extents like `sizes`.
 
     Args:
         sizes: the extent of each rank of the inputs at the call; decides only which ranks are short enough to be held whole.
-        online: whether dependent reductions over a rank may share a pass by carrying corrected states.
+        repeat: ranks over which dependent reductions take a pass each instead of carrying corrected states (a schedule's choice).
 
     Raises `UnsupportedError` naming the statement that cannot be lowered.
     """
@@ -55,4 +55,4 @@ def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, online: bool = True
     from .partition_kernels import partition_kernels
 
     prepared, notes = prepare(cascade)
-    return Plan(prepared, partition_kernels(prepared, sizes, online=online), notes)
+    return Plan(prepared, partition_kernels(prepared, sizes, repeat=repeat), notes)

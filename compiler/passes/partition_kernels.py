@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ...ir.cascade import Cascade, Einsum, Statement, defined
 from ...ir.errors import UnsupportedError
 from ...ir.expr import Index, reads
-from ...ir.plan import KernelPlan
+from ...ir.plan import KernelPlan, Stage
 from .graph import definitions, dependencies
 from .stream_reductions import Streamer
 
@@ -32,17 +32,17 @@ class _Group:
     roots: list[str] = field(default_factory=list)
 
 
-def partition_kernels(cascade: Cascade, sizes: Mapping[str, int], *, online: bool = True) -> tuple[KernelPlan, ...]:
+def partition_kernels(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset()) -> tuple[KernelPlan, ...]:
     """The kernels in launch order. Raises `UnsupportedError` naming a statement that no kernel can hold yet."""
-    return _Partitioner(cascade, sizes, online).kernels()
+    return _Partitioner(cascade, sizes, repeat).kernels()
 
 
 class _Partitioner:
-    def __init__(self, cascade: Cascade, sizes: Mapping[str, int], online: bool) -> None:
+    def __init__(self, cascade: Cascade, sizes: Mapping[str, int], repeat: frozenset[str]) -> None:
         self.cascade = cascade
         self.sizes = {**cascade.solve_sizes(sizes)}
         self.static = cascade.static_sizes()
-        self.online = online
+        self.repeat = repeat
         self.table = definitions(cascade)
         self.depends = dependencies(cascade)
         self.order = {name: i for i, s in enumerate(cascade.body) for name, _ in defined(s)}
@@ -155,7 +155,9 @@ class _Partitioner:
         for root in group.roots:
             visit(root)
         names = sorted(reductions, key=self.order.__getitem__)
-        stages = Streamer(self.cascade, group.stream, names, online=self.online).stages() if group.stream is not None else ()
+        stages: tuple[Stage, ...] = ()
+        if group.stream is not None:
+            stages = Streamer(self.cascade, group.stream, names, online=group.stream not in self.repeat).stages()
         ordered = tuple(statements[n] for n in sorted(statements, key=self.order.__getitem__))
         name = self.cascade.name if index == 0 else f"{self.cascade.name}_{index}"
         return KernelPlan(name, group.stream, stages, ordered, tuple(inputs), tuple(group.roots)), missing
