@@ -7,7 +7,21 @@ from collections.abc import Mapping
 from .cascade import Cascade, Concat, Einsum, Iterate, Populate, Scan, Scatter, Statement
 from .errors import CascadeError
 from .expr import (
-    OPS, Bitcast, Cast, Const, Count, Expr, Extent, Index, Masked, Op, Read, Scalar, Seen, Start, Tile,
+    OPS,
+    Bitcast,
+    Cast,
+    Const,
+    Count,
+    Expr,
+    Extent,
+    Index,
+    Masked,
+    Op,
+    Read,
+    Scalar,
+    Seen,
+    Start,
+    Tile,
 )  # fmt: skip
 from .types import DType, boolean, f32, i32, i64, promote, promote_weak, reduced
 
@@ -36,11 +50,12 @@ def expression_type(e: Expr, types: Mapping[str, DType]) -> tuple[DType, bool]:
         case Cast(dtype=dtype) | Bitcast(dtype=dtype):
             return dtype, False
         case Op(name=name, args=args):
-            return _op_type(name, [expression_type(a, types) for a in args])
+            return operation_type(name, [expression_type(a, types) for a in args])
     raise AssertionError(f"not an expression: {e!r}")
 
 
-def _op_type(name: str, args: list[tuple[DType, bool]]) -> tuple[DType, bool]:
+def operation_type(name: str, args: list[tuple[DType, bool]]) -> tuple[DType, bool]:
+    """The type of an operation of the table `OPS` on operands of these types, and whether it is weak."""
     kind = OPS[name].kind
     weak = all(w for _, w in args)
     match kind:
@@ -57,7 +72,8 @@ def _op_type(name: str, args: list[tuple[DType, bool]]) -> tuple[DType, bool]:
         case "bit":
             t = args[0][0] if len(args) == 1 else combine(args[0], args[1])[0]
             if t.is_float:
-                raise CascadeError(f"'{OPS[name].symbol}' needs integers or bools, found {t}", hint="cast or .bitcast to an integer type first")
+                what = f"'{OPS[name].symbol}' needs integers or bools, found {t}"
+                raise CascadeError(what, hint="cast or .bitcast to an integer type first")
             return t, weak
     t = args[0][0] if len(args) == 1 else combine(args[0], args[1])[0]
     if name == "div" and not t.is_float:

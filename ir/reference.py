@@ -24,21 +24,10 @@ from .cascade import Cascade, Concat, Einsum, Iterate, Output, Populate, Scan, S
 from .errors import BindingError, CascadeError, EinfallError
 from .expr import OPS, Bitcast, Cast, Const, Expr, Extent, Index, Op, Read, Scalar, reads
 from .infer import combine, declared_types, expression_type
+from .named import Ranks, Value, aligned, union
 from .types import DType, accumulator, boolean, f32, i32, i64, reduced
 
 __all__ = ["bind_sizes", "evaluate", "from_torch", "to_torch"]
-
-Ranks = tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """A tensor with one dimension for each of `ranks`, kept in the storage type of `dtype`."""
-
-    data: Tensor
-    ranks: Ranks
-    dtype: DType
-    weak: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +41,11 @@ class _Frame:
     scalars: Mapping[str, float]
     promoted: bool
     device: torch.device
-    values: dict[str, _Value]
+    values: dict[str, Value]
     steps: Mapping[str, int] = field(default_factory=dict)
 
 
-Guards = tuple[_Value, ...]
+Guards = tuple[Value, ...]
 
 
 def evaluate(
@@ -83,7 +72,7 @@ def evaluate(
         values = {}
         for declared in cascade.inputs:
             data = tensors[declared.name].reshape([sizes[rank] for rank in declared.ranks])
-            values[declared.name] = _Value(_kept(data, declared.dtype, promoted), declared.ranks, declared.dtype)
+            values[declared.name] = Value(_kept(data, declared.dtype, promoted), declared.ranks, declared.dtype)
         for statement in cascade.body:
             frame = _Frame(cascade, statement, types, sizes, bound, promoted, device, values)
             values.update(_run(frame))
@@ -107,7 +96,7 @@ def _bind_scalars(cascade: Cascade, scalars: Mapping[str, float]) -> dict[str, f
     return {name: float(scalars[name]) for name in names}
 
 
-def _output(output: Output, values: Mapping[str, _Value], cascade: Cascade, sizes: Mapping[str, int]) -> Tensor:
+def _output(output: Output, values: Mapping[str, Value], cascade: Cascade, sizes: Mapping[str, int]) -> Tensor:
     """A result in the axes it is returned in, as a fresh contiguous tensor."""
     if output.name not in values:
         raise CascadeError(f"output {output.name} is defined by no statement", cascade=cascade.name)
@@ -118,10 +107,10 @@ def _output(output: Output, values: Mapping[str, _Value], cascade: Cascade, size
     for position, axis in enumerate(output.axes):
         for rank in axis:
             shape[position] *= sizes[rank]
-    return _aligned(value, output.ranks).clone(memory_format=torch.contiguous_format).reshape(shape)
+    return aligned(value, output.ranks).clone(memory_format=torch.contiguous_format).reshape(shape)
 
 
-def _run(frame: _Frame) -> dict[str, _Value]:
+def _run(frame: _Frame) -> dict[str, Value]:
     """What a statement defines. Errors name the statement."""
     try:
         match frame.statement:
@@ -150,27 +139,12 @@ def _run(frame: _Frame) -> dict[str, _Value]:
 # Ranks ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _aligned(value: _Value, ranks: Ranks) -> Tensor:
-    """`value` with its dimensions in the order of `ranks`, extent 1 where it lacks one."""
-    present = [rank for rank in ranks if rank in value.ranks]
-    if len(present) != len(value.ranks):
-        extra = [rank for rank in value.ranks if rank not in ranks]
-        raise CascadeError(f"a value over {', '.join(value.ranks)} leaves rank {', '.join(extra)} unreduced")
-    data = value.data.permute([value.ranks.index(rank) for rank in present])
-    return data[tuple(slice(None) if rank in value.ranks else None for rank in ranks)]
-
-
-def _spread(frame: _Frame, value: _Value, ranks: Ranks) -> Tensor:
+def _spread(frame: _Frame, value: Value, ranks: Ranks) -> Tensor:
     """`value` broadcast to every point of `ranks`, as a view."""
-    return _aligned(value, ranks).expand([frame.sizes[rank] for rank in ranks])
+    return aligned(value, ranks).expand([frame.sizes[rank] for rank in ranks])
 
 
-def _union(*values: _Value | Ranks) -> Ranks:
-    """Ranks in order of first appearance."""
-    return tuple(dict.fromkeys(rank for v in values for rank in (v.ranks if isinstance(v, _Value) else v)))
-
-
-def _computed(frame: _Frame, value: _Value, t: DType, weak: bool = False) -> _Value:
+def _computed(frame: _Frame, value: Value, t: DType, weak: bool = False) -> Value:
     """`value` in the compute type of `t`."""
     data = value.data
     target = ops.compute_type(t, weak=weak, promoted=frame.promoted)
@@ -179,42 +153,42 @@ def _computed(frame: _Frame, value: _Value, t: DType, weak: bool = False) -> _Va
     return replace(value, data=data.to(target))
 
 
-def _settled(frame: _Frame, data: Tensor, ranks: Ranks, t: DType, weak: bool = False) -> _Value:
-    return _Value(ops.settle(data, t, weak=weak, promoted=frame.promoted), ranks, t, weak)
+def _settled(frame: _Frame, data: Tensor, ranks: Ranks, t: DType, weak: bool = False) -> Value:
+    return Value(ops.settle(data, t, weak=weak, promoted=frame.promoted), ranks, t, weak)
 
 
-def _defined(frame: _Frame, name: str, value: _Value, ranks: Ranks) -> _Value:
+def _defined(frame: _Frame, name: str, value: Value, ranks: Ranks) -> Value:
     """`value` as the tensor `name[ranks]` in its declared type."""
     t = frame.types[name]
     settled = _settled(frame, _computed(frame, value, t).data, value.ranks, t)
-    return _Value(_spread(frame, settled, ranks), ranks, t)
+    return Value(_spread(frame, settled, ranks), ranks, t)
 
 
 # Expressions ------------------------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(frame: _Frame, e: Expr, guards: Guards = ()) -> _Value:
+def _evaluate(frame: _Frame, e: Expr, guards: Guards = ()) -> Value:
     """The value of an expression. Only the points at which all `guards` hold count."""
     match e:
         case Const(value=literal):
             dtype = torch.bool if isinstance(literal, bool) else torch.int64 if isinstance(literal, int) else torch.float64
             t, weak = expression_type(e, frame.types)
-            return _Value(torch.tensor(literal, dtype=dtype, device=frame.device), (), t, weak)
+            return Value(torch.tensor(literal, dtype=dtype, device=frame.device), (), t, weak)
         case Scalar(name=name):
             if name not in frame.scalars:
                 raise CascadeError(f"unknown scalar '{name}'")
-            return _Value(torch.tensor(frame.scalars[name], dtype=torch.float64, device=frame.device), (), f32, True)
+            return Value(torch.tensor(frame.scalars[name], dtype=torch.float64, device=frame.device), (), f32, True)
         case Index(rank=rank) if rank in frame.steps:
-            return _Value(torch.tensor(frame.steps[rank], dtype=torch.int32, device=frame.device), (), i32)
+            return Value(torch.tensor(frame.steps[rank], dtype=torch.int32, device=frame.device), (), i32)
         case Index(rank=rank):
-            return _Value(torch.arange(frame.sizes[rank], dtype=torch.int32, device=frame.device), (rank,), i32)
+            return Value(torch.arange(frame.sizes[rank], dtype=torch.int32, device=frame.device), (rank,), i32)
         case Extent(rank=rank):
-            return _Value(torch.tensor(frame.sizes[rank], dtype=torch.int32, device=frame.device), (), i32)
+            return Value(torch.tensor(frame.sizes[rank], dtype=torch.int32, device=frame.device), (), i32)
         case Read():
             return _read(frame, e, guards)
         case Cast(x=x, dtype=t):
             value = _evaluate(frame, x, guards)
-            return _Value(ops.cast(value.data, t, promoted=frame.promoted), value.ranks, t)
+            return Value(ops.cast(value.data, t, promoted=frame.promoted), value.ranks, t)
         case Bitcast(x=x, dtype=t):
             return _bitcast(frame, _evaluate(frame, x, guards), t)
         case Op(name="where", args=(condition, a, b)):
@@ -225,36 +199,36 @@ def _evaluate(frame: _Frame, e: Expr, guards: Guards = ()) -> _Value:
             raise CascadeError(f"{type(e).__name__} belongs to tile programs only")
 
 
-def _operation(frame: _Frame, e: Op, name: str, args: list[_Value]) -> _Value:
+def _operation(frame: _Frame, e: Op, name: str, args: list[Value]) -> Value:
     t, weak = expression_type(e, frame.types)
     kind = OPS[name].kind
-    operands = (args[0].dtype, args[0].weak)
+    joined = (args[0].dtype, args[0].weak)
     for arg in args[1:]:
-        operands = combine(operands, (arg.dtype, arg.weak))
-    common, common_weak = (t, weak) if kind in ("arith", "float") else operands
-    ranks = _union(*args)
-    aligned = [_aligned(_computed(frame, arg, common, common_weak), ranks) for arg in args]
-    return _settled(frame, ops.apply(name, aligned, common), ranks, t, weak)
+        joined = combine(joined, (arg.dtype, arg.weak))
+    common, common_weak = (t, weak) if kind in ("arith", "float") else joined
+    ranks = union(*args)
+    operands = [aligned(_computed(frame, arg, common, common_weak), ranks) for arg in args]
+    return _settled(frame, ops.apply(name, operands, common), ranks, t, weak)
 
 
-def _select(frame: _Frame, e: Op, condition: _Value, a: Expr, b: Expr, guards: Guards) -> _Value:
+def _select(frame: _Frame, e: Op, condition: Value, a: Expr, b: Expr, guards: Guards) -> Value:
     t, weak = expression_type(e, frame.types)
     chosen = replace(condition, data=condition.data != 0, dtype=boolean)
     yes = _computed(frame, _evaluate(frame, a, (*guards, chosen)), t, weak)
     no = _computed(frame, _evaluate(frame, b, (*guards, replace(chosen, data=~chosen.data))), t, weak)
-    ranks = _union(chosen, yes, no)
-    return _settled(frame, torch.where(_aligned(chosen, ranks), _aligned(yes, ranks), _aligned(no, ranks)), ranks, t, weak)
+    ranks = union(chosen, yes, no)
+    return _settled(frame, torch.where(aligned(chosen, ranks), aligned(yes, ranks), aligned(no, ranks)), ranks, t, weak)
 
 
-def _bitcast(frame: _Frame, value: _Value, t: DType) -> _Value:
+def _bitcast(frame: _Frame, value: Value, t: DType) -> Value:
     source = value.dtype
     if value.weak and source == i64 and t.bits == 32:
         source = i32
     held = ops.settle(_computed(frame, value, source).data, source, weak=False, promoted=False)
-    return _Value(_kept(ops.bitcast(held, source, t), t, frame.promoted), value.ranks, t)
+    return Value(_kept(ops.bitcast(held, source, t), t, frame.promoted), value.ranks, t)
 
 
-def _read(frame: _Frame, e: Read, guards: Guards) -> _Value:
+def _read(frame: _Frame, e: Read, guards: Guards) -> Value:
     tensor = frame.values.get(e.tensor)
     if tensor is None:
         raise CascadeError(f"'{e.tensor}' is read before it is defined")
@@ -264,14 +238,14 @@ def _read(frame: _Frame, e: Read, guards: Guards) -> _Value:
     if len(set(names)) == len(e.coords) and [frame.sizes[rank] for rank in names] == list(tensor.data.shape):
         return replace(tensor, ranks=names)
     coordinates = [_computed(frame, _evaluate(frame, c, guards), i64) for c in e.coords]
-    ranks = _union(*coordinates)
+    ranks = union(*coordinates)
     indices, inside = [], torch.tensor(True, device=frame.device)
     for c, coordinate, extent, rank in zip(e.coords, coordinates, tensor.data.shape, tensor.ranks, strict=True):
         fits = replace(coordinate, data=(coordinate.data >= 0) & (coordinate.data < extent))
         if not fits.data.all():
             _check_outside(e, c, coordinate, fits, rank, extent, guards)
-            inside = inside & _aligned(fits, ranks)
-        indices.append(_aligned(coordinate, ranks).clamp(0, max(extent - 1, 0)))
+            inside = inside & aligned(fits, ranks)
+        indices.append(aligned(coordinate, ranks).clamp(0, max(extent - 1, 0)))
     if 0 in tensor.data.shape:
         data = tensor.data.new_zeros([]).expand([frame.sizes[rank] for rank in ranks])
     else:
@@ -282,18 +256,18 @@ def _read(frame: _Frame, e: Read, guards: Guards) -> _Value:
     return replace(tensor, data=data, ranks=ranks)
 
 
-def _check_outside(e: Read, c: Expr, coordinate: _Value, fits: _Value, rank: str, extent: int, guards: Guards) -> None:
+def _check_outside(e: Read, c: Expr, coordinate: Value, fits: Value, rank: str, extent: int, guards: Guards) -> None:
     """Raises if a coordinate that counts leaves the tensor and no fill value covers it; a gathered one must never leave it."""
     gathered = next(reads(c), None)
     if gathered is None and e.fill is not None:
         return
-    ranks = _union(coordinate, *guards)
-    bad = ~_aligned(fits, ranks)
+    ranks = union(coordinate, *guards)
+    bad = ~aligned(fits, ranks)
     for guard in guards:
-        bad = bad & _aligned(guard, ranks)
+        bad = bad & aligned(guard, ranks)
     if not bad.any():
         return
-    found = int(_aligned(coordinate, ranks).expand(bad.shape)[bad][0])
+    found = int(aligned(coordinate, ranks).expand(bad.shape)[bad][0])
     if gathered is not None:
         raise BindingError(
             f"gathered index {found} from {gathered.tensor} is outside rank {rank} of {e.tensor}, which has extent {extent}",
@@ -308,34 +282,34 @@ def _check_outside(e: Read, c: Expr, coordinate: _Value, fits: _Value, rank: str
 # Statements -------------------------------------------------------------------------------------------------------------------------
 
 
-def _predicate(frame: _Frame, where: Expr | None) -> _Value | None:
+def _predicate(frame: _Frame, where: Expr | None) -> Value | None:
     if where is None:
         return None
     value = _evaluate(frame, where)
     return replace(value, data=value.data != 0, dtype=boolean)
 
 
-def _guarded(frame: _Frame, e: Expr, where: _Value | None) -> _Value:
+def _guarded(frame: _Frame, e: Expr, where: Value | None) -> Value:
     return _evaluate(frame, e, () if where is None else (where,))
 
 
-def _points(frame: _Frame, value: _Value, where: _Value | None, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+def _points(frame: _Frame, value: Value, where: Value | None, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
     """`value` in its compute type and the predicate, both broadcast to all points of `ranks`."""
     data = _spread(frame, _computed(frame, value, value.dtype), ranks)
     return data, None if where is None else _spread(frame, where, ranks)
 
 
-def _map(frame: _Frame, s: Einsum) -> _Value:
+def _map(frame: _Frame, s: Einsum) -> Value:
     where = _predicate(frame, s.where)
     value = _guarded(frame, s.expr, where)
     if where is not None:
-        ranks = _union(where, value)
-        data = _aligned(_computed(frame, value, value.dtype, value.weak), ranks)
-        value = _settled(frame, torch.where(_aligned(where, ranks), data, 0), ranks, value.dtype, value.weak)
+        ranks = union(where, value)
+        data = aligned(_computed(frame, value, value.dtype, value.weak), ranks)
+        value = _settled(frame, torch.where(aligned(where, ranks), data, 0), ranks, value.dtype, value.weak)
     return _defined(frame, s.out, value, s.ranks)
 
 
-def _reduction(frame: _Frame, s: Einsum, op: str) -> _Value:
+def _reduction(frame: _Frame, s: Einsum, op: str) -> Value:
     where = _predicate(frame, s.where)
     value = _summand(frame, s.expr, where) if op == "sum" else _guarded(frame, s.expr, where)
     if isinstance(value, list):
@@ -343,14 +317,14 @@ def _reduction(frame: _Frame, s: Einsum, op: str) -> _Value:
         if contracted is not None:
             return _defined(frame, s.out, contracted, s.ranks)
         value = _product(value)
-    free = _union(value, () if where is None else where)
+    free = union(value, () if where is None else where)
     kept = tuple(rank for rank in s.ranks if rank in free and rank not in s.over)
     x, valid = _points(frame, value, where, (*kept, *s.over))
     result = ops.reduce(op, x, valid, value.dtype, len(s.over))
-    return _defined(frame, s.out, _Value(result, kept, reduced(op, value.dtype)), s.ranks)
+    return _defined(frame, s.out, Value(result, kept, reduced(op, value.dtype)), s.ranks)
 
 
-def _summand(frame: _Frame, e: Expr, where: _Value | None) -> _Value | list[_Value]:
+def _summand(frame: _Frame, e: Expr, where: Value | None) -> Value | list[Value]:
     """What a sum adds up; the factors, in the compute type of the accumulator, if it is a product."""
     if not (isinstance(e, Op) and e.name == "mul"):
         return _guarded(frame, e, where)
@@ -364,47 +338,47 @@ def _factors(e: Expr) -> list[Expr]:
     return [e]
 
 
-def _product(factors: list[_Value]) -> _Value:
-    ranks = _union(*factors)
-    data = _aligned(factors[0], ranks)
+def _product(factors: list[Value]) -> Value:
+    ranks = union(*factors)
+    data = aligned(factors[0], ranks)
     for factor in factors[1:]:
-        data = data * _aligned(factor, ranks)
-    return _Value(data, ranks, factors[0].dtype)
+        data = data * aligned(factor, ranks)
+    return Value(data, ranks, factors[0].dtype)
 
 
-def _contraction(over: Ranks, factors: list[_Value], where: _Value | None) -> _Value | None:
+def _contraction(over: Ranks, factors: list[Value], where: Value | None) -> Value | None:
     """The sum of a product of floats by `torch.einsum`, or None unless that saves the product of more ranks than any factor has."""
     if where is not None:
         factors = _selected(factors, where)
-    ranks = _union(*factors)
+    ranks = union(*factors)
     if not factors or not factors[0].dtype.is_float or not set(over) <= set(ranks) or any(len(f.ranks) == len(ranks) for f in factors):
         return None
     letters = {rank: chr(ord("a") + k) for k, rank in enumerate(ranks)}
     kept = tuple(rank for rank in ranks if rank not in over)
     spelled = [",".join("".join(letters[rank] for rank in f.ranks) for f in factors), "".join(letters[rank] for rank in kept)]
-    return _Value(torch.einsum("->".join(spelled), *(f.data for f in factors)), kept, factors[0].dtype)
+    return Value(torch.einsum("->".join(spelled), *(f.data for f in factors)), kept, factors[0].dtype)
 
 
-def _selected(factors: list[_Value], where: _Value) -> list[_Value]:
+def _selected(factors: list[Value], where: Value) -> list[Value]:
     """`factors` with one of them 0 where the predicate is false; none if no factor has its ranks or another factor is not finite."""
     home = next((k for k, f in enumerate(factors) if set(where.ranks) <= set(f.ranks)), None)
     if home is None or not all(bool(torch.isfinite(f.data).all()) for k, f in enumerate(factors) if k != home):
         return []
-    masked = torch.where(_aligned(where, factors[home].ranks), factors[home].data, 0)
+    masked = torch.where(aligned(where, factors[home].ranks), factors[home].data, 0)
     return [replace(f, data=masked) if k == home else f for k, f in enumerate(factors)]
 
 
-def _scan(frame: _Frame, s: Scan) -> _Value:
+def _scan(frame: _Frame, s: Scan) -> Value:
     where = _predicate(frame, s.where)
     value = _guarded(frame, s.expr, where)
     ranks = (*(rank for rank in s.ranks if rank != s.over), s.over)
     x, valid = _points(frame, value, where, ranks)
     if valid is not None:
         x = torch.where(valid, x, ops.identity(s.op, value.dtype))
-    return _defined(frame, s.out, _Value(ops.scan(s.op, x, value.dtype, exclusive=s.exclusive), ranks, value.dtype), s.ranks)
+    return _defined(frame, s.out, Value(ops.scan(s.op, x, value.dtype, exclusive=s.exclusive), ranks, value.dtype), s.ranks)
 
 
-def _populate(frame: _Frame, s: Populate) -> dict[str, _Value]:
+def _populate(frame: _Frame, s: Populate) -> dict[str, Value]:
     where = _predicate(frame, s.where)
     value = _guarded(frame, s.expr, where)
     batch = tuple(rank for rank in s.ranks if rank != s.into)
@@ -427,8 +401,8 @@ def _populate(frame: _Frame, s: Populate) -> dict[str, _Value]:
     places = torch.where(keep, order, -1)[..., :slots]
     ranks = (*batch, s.into)
     return {
-        s.values: _defined(frame, s.values, _Value(torch.nn.functional.pad(found, spare), ranks, value.dtype), s.ranks),
-        s.coords: _defined(frame, s.coords, _Value(torch.nn.functional.pad(places, spare, value=-1), ranks, i32), s.ranks),
+        s.values: _defined(frame, s.values, Value(torch.nn.functional.pad(found, spare), ranks, value.dtype), s.ranks),
+        s.coords: _defined(frame, s.coords, Value(torch.nn.functional.pad(places, spare, value=-1), ranks, i32), s.ranks),
     }
 
 
@@ -436,39 +410,39 @@ def _parameter(frame: _Frame, s: Populate, batch: Ranks) -> Tensor:
     if s.parameter is None:
         raise CascadeError(f"populate by {s.rule} needs a parameter")
     value = _evaluate(frame, s.parameter)
-    return _aligned(_computed(frame, value, value.dtype, value.weak), (*batch, s.over))
+    return aligned(_computed(frame, value, value.dtype, value.weak), (*batch, s.over))
 
 
-def _scatter(frame: _Frame, s: Scatter) -> _Value:
+def _scatter(frame: _Frame, s: Scatter) -> Value:
     where = _predicate(frame, s.where)
     value = _guarded(frame, s.expr, where)
     coordinates = {rank: _computed(frame, _guarded(frame, e, where), i64) for rank, e in s.at}
-    space = _union(tuple(rank for rank in s.ranks if rank not in coordinates), s.over)
+    space = union(tuple(rank for rank in s.ranks if rank not in coordinates), s.over)
     x, valid = _points(frame, value, where, space)
     place = torch.zeros((), dtype=torch.int64, device=frame.device)
     keep = torch.ones((), dtype=torch.bool, device=frame.device) if valid is None else valid
     for rank in s.ranks:
         coordinate = coordinates.get(rank)
-        index = _aligned(_evaluate(frame, Index(rank)) if coordinate is None else coordinate, space)
+        index = aligned(_evaluate(frame, Index(rank)) if coordinate is None else coordinate, space)
         keep = keep & (index >= 0) & (index < frame.sizes[rank])
         place = place * frame.sizes[rank] + index
     shape = [frame.sizes[rank] for rank in s.ranks]
     keep, place = keep.expand(x.shape), place.expand(x.shape)
     flat = x.new_zeros(torch.Size(shape).numel())
     flat.index_add_(0, place[keep], x[keep])
-    return _defined(frame, s.out, _Value(flat.reshape(shape), s.ranks, reduced("sum", value.dtype)), s.ranks)
+    return _defined(frame, s.out, Value(flat.reshape(shape), s.ranks, reduced("sum", value.dtype)), s.ranks)
 
 
-def _concat(frame: _Frame, s: Concat) -> _Value:
+def _concat(frame: _Frame, s: Concat) -> Value:
     t = frame.types[s.out]
     parts = []
     for piece, e in s.parts:
         ranks = tuple(piece if rank == s.rank else rank for rank in s.ranks)
         parts.append(_spread(frame, _computed(frame, _evaluate(frame, e), t), ranks))
-    return _defined(frame, s.out, _Value(torch.cat(parts, s.ranks.index(s.rank)), s.ranks, t), s.ranks)
+    return _defined(frame, s.out, Value(torch.cat(parts, s.ranks.index(s.rank)), s.ranks, t), s.ranks)
 
 
-def _iterate(frame: _Frame, s: Iterate) -> dict[str, _Value]:
+def _iterate(frame: _Frame, s: Iterate) -> dict[str, Value]:
     states = {state.name: _defined(frame, state.name, _evaluate(frame, state.init), state.ranks) for state in s.states}
     for step in range(frame.sizes[s.rank]):
         inner = replace(frame, values={**frame.values, **states}, steps={**frame.steps, s.rank: step})
