@@ -199,10 +199,12 @@ class Evolution(Generic[P]):
     ELITES = 6
     OVERSAMPLE = 8
 
-    def __init__(self, space: Any, *, budget: int, seed: int = 0, prior: PriorFunction | None = None) -> None:
+    def __init__(
+        self, space: Any, *, budget: int, seed: int = 0, prior: PriorFunction | None = None, seeds: Sequence[P] | None = None
+    ) -> None:
         self._rng = random.Random(seed)
         self._pool: Pool[P] = pool_of(space)
-        self._seeds: list[P] = list(dict.fromkeys(getattr(space, "seeds", ())))
+        self._seeds: list[P] = list(dict.fromkeys(getattr(space, "seeds", ()) if seeds is None else seeds))
         self._prior = prior
         self._warm_up = min(20, max(4, budget // 4))
 

@@ -25,6 +25,7 @@ from .records import (
     Toolchain,
     Workload,
     canonical,
+    evidence_from_row,
     parse_schedule,
     ulid,
 )  # fmt: skip
@@ -113,6 +114,15 @@ class Database:
         """What earlier runs found of this key's schedules, failures included, by schedule hash."""
         with schema.explained(self.path):
             return queries.known_results(self._connection, (workload, device, toolchain, policy))
+
+    def evidence(self, name: str) -> Evidence | None:
+        """The evidence of that id, or None if it is not there or cannot be used."""
+        with schema.explained(self.path):
+            row = queries.one(self._connection, "SELECT * FROM evidence WHERE id = ?", (name,))
+        try:
+            return None if row is None else evidence_from_row(row)
+        except Invalid:
+            return None
 
     def relatives(self, family: str) -> tuple[Record, ...]:
         """Winners of the same family: other extents, devices and toolchains. Seeds for a search, never answers."""

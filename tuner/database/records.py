@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 from ...ir.cascade import Cascade
-from ...ir.errors import ScheduleError
+from ...ir.errors import BindingError, ScheduleError
 from ...schedules.schedule import Schedule
 
 Status = Literal["ok", "build", "crash", "timeout", "memory", "wrong", "nondeterministic", "error"]
@@ -52,7 +52,7 @@ class Workload:
 
     Args:
         family: the hash of the cascade's text without its name, layout and alignment; no extents.
-        extents: every rank's extent, sorted by rank.
+        extents: the extents of the inputs' ranks, sorted by rank.
         cascade: the text, for people and for a rebuild.
     """
 
@@ -98,9 +98,13 @@ def family_of(cascade: Cascade, layout: str = "contiguous", alignment: int = 64)
 
 
 def extents_of(cascade: Cascade, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    """The extents of the cascade's ranks that `sizes` and its declarations give, sorted by rank."""
-    known = cascade.solve_sizes(sizes)
-    return tuple((rank, int(known[rank])) for rank in sorted(cascade.all_ranks()) if rank in known)
+    """The extents of the inputs' ranks, sorted by rank; every other extent follows from them. Raises `BindingError` for a missing one."""
+    known = cascade.solve_sizes({**sizes, **cascade.static_sizes()})
+    ranks = sorted({rank for tensor in cascade.inputs for rank in tensor.ranks})
+    missing = [rank for rank in ranks if rank not in known]
+    if missing:
+        raise BindingError(f"no extent given for rank {missing[0]}", cascade=cascade.name, hint="give every rank of the inputs")
+    return tuple((rank, int(known[rank])) for rank in ranks)
 
 
 def extents_text(extents: Sequence[tuple[str, int]]) -> str:
@@ -336,6 +340,12 @@ class Record:
             name=_text(row["name"], "name"),
             device_model=_text(row["model"], "model"),
         )
+
+
+def evidence_from_row(row: Mapping[str, Any]) -> Evidence:
+    """A row of `evidence`, every value checked. Raises `Invalid`."""
+    lists = {name: parse_json(row[name], name) for name in ("seeds", "distributions", "shapes")}
+    return Evidence.from_dict({**row, **lists})
 
 
 def parse_workload(name: object, family: object, extents: object) -> tuple[tuple[str, int], ...]:

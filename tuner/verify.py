@@ -1,0 +1,365 @@
+"""The correctness gate: no candidate may win that has not passed it.
+
+Fresh random inputs of several distributions and shapes; outputs poisoned and framed by guard bands; results against the reference
+in float64; two runs that must agree to the bit. An error is measured relative to the largest magnitude of its output, and allowed is
+
+    2 * (error of the eager reference in the declared types) + (change when each input moves by its own rounding) + (rounding of the output)
+
+so that an ill-conditioned cascade is not held to more than its inputs say. Where the float64 reference is NaN anything may stand;
+where it is infinite, the same infinity or NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+
+from ..compiler.binding import complete_sizes, shape_of
+from ..ir.binding import to_torch
+from ..ir.cascade import Cascade, Concat, Einsum, Iterate, Populate, Scan, Scatter, Statement
+from ..ir.errors import BindingError
+from ..ir.expr import Expr, Op, Read, index_ranks
+from ..ir.infer import declared_types
+from ..ir.reference import evaluate
+from ..ir.types import DType
+from .database.records import Evidence
+from .inputs import DISTRIBUTIONS, Distribution, has_holes, make_inputs
+
+Sizes = dict[str, int]
+GUARD_BYTES = 256
+MAX_ELEMENTS = 1 << 24  # of the largest tensor the reference makes
+MAX_OPERATIONS = 1 << 31  # of its largest statement
+_SMALL = (5, 3, 7, 2, 9, 1)
+
+
+class Rejected(Exception):
+    """A candidate that did not pass, and why."""
+
+    def __init__(self, status: Literal["wrong", "nondeterministic"], reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+class Candidate(Protocol):
+    """A built kernel, or something that stands in for one. `static` gives the extents it was specialised to."""
+
+    @property
+    def static(self) -> Mapping[str, int]: ...
+
+    def run(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What one output should be: the float64 reference, the eager one, and the error that is allowed."""
+
+    name: str
+    dtype: DType
+    exact: torch.Tensor
+    eager: torch.Tensor
+    scale: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Inputs with what should come out."""
+
+    distribution: Distribution
+    sizes: tuple[tuple[str, int], ...]
+    inputs: tuple[torch.Tensor, ...]
+    expected: tuple[Expected, ...]
+
+
+class Oracle:
+    """The cases of a cascade, worked out once and kept for all candidates."""
+
+    def __init__(self, cascade: Cascade, sizes: Mapping[str, int], scalars: Mapping[str, float], seed: int) -> None:
+        self.cascade = cascade
+        self.sizes = complete_sizes(cascade, {r: n for r, n in sizes.items() if r in {x for t in cascade.inputs for x in t.ranks}})
+        self.scalars = dict(scalars)
+        self.seed = seed
+        self._cases: dict[tuple[object, ...], Case | None] = {}
+
+    def cases(self, static: Mapping[str, int]) -> list[Case]:
+        """The cases for a candidate specialised to `static`: the asked shape (cut if it is too large for the reference), and odd ones."""
+        shapes = shapes_for(self.cascade, self.sizes, static)
+        plan = [(shape, d) for i, shape in enumerate(shapes) for d in (("normal", "offset") if i == 0 else DISTRIBUTIONS)]
+        if len(shapes) == 1:
+            plan = [(shapes[0], d) for d in DISTRIBUTIONS]
+        return [case for shape, d in plan if (case := self._case(shape, d)) is not None]
+
+    def asked(self, like: Case) -> Case:
+        """Normal inputs at the asked shape, without a reference: only shapes and types are expected."""
+        key = ("asked",)
+        if key not in self._cases:
+            tensors = make_inputs(self.cascade, self.sizes, "normal", self.seed)
+            expected = tuple(
+                replace(e, exact=torch.empty(shape_of(o.axes, self.sizes), device="meta"))
+                for e, o in zip(like.expected, self.cascade.outputs, strict=True)
+            )
+            self._cases[key] = Case("normal", tuple(self.sizes.items()), tuple(tensors[t.name] for t in self.cascade.inputs), expected)
+        return self._cases[key] or like
+
+    def _case(self, sizes: Sizes, distribution: Distribution) -> Case | None:
+        key = (distribution, *sizes.items())
+        if key not in self._cases:
+            self._cases[key] = self._make(sizes, distribution)
+        return self._cases[key]
+
+    def _make(self, sizes: Sizes, distribution: Distribution) -> Case | None:
+        """A case that tells something, that is, has finite results; None if the distribution gives none."""
+        seed = int.from_bytes(hashlib.sha256(repr((self.seed, distribution, sorted(sizes.items()))).encode()).digest()[:4], "big")
+        holed = [t.name for t in self.cascade.inputs if has_holes(t.dtype)] if distribution == "holes" else [None]
+        for name in holed:
+            tensors = make_inputs(self.cascade, sizes, distribution, seed, holed=name)
+            try:
+                expected = expectations(self.cascade, tensors, self.scalars, seed)
+            except BindingError:  # an index that is computed from inputs left its tensor: such inputs are not this cascade's
+                continue
+            told = sum(int(torch.isfinite(e.exact.double()).sum()) for e in expected)
+            if told * 10 >= sum(e.exact.numel() for e in expected):
+                return Case(distribution, tuple(sizes.items()), tuple(tensors[t.name] for t in self.cascade.inputs), expected)
+        return None
+
+
+def verify(candidate: Candidate, oracle: Oracle) -> Evidence:
+    """The evidence that `candidate` is right. Raises `Rejected` naming the first case that speaks against it."""
+    cases = oracle.cases(candidate.static)
+    if not cases:
+        raise Rejected("wrong", "no input distribution gives a finite reference, so nothing can be checked")
+    tolerance = largest = 0.0
+    for case in cases:
+        for expected, error in _check(candidate, case):
+            tolerance, largest = max(tolerance, expected.tolerance), max(largest, error)
+    _check_asked(candidate, oracle, cases)
+    return Evidence(
+        seeds=(oracle.seed,),
+        distributions=tuple(dict.fromkeys(case.distribution for case in cases)),
+        shapes=tuple(dict.fromkeys(case.sizes for case in cases)),
+        tolerance=tolerance,
+        largest_error=largest,
+    )
+
+
+def expectations(cascade: Cascade, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, float], seed: int) -> tuple[Expected, ...]:
+    """What the outputs should be for these inputs."""
+    exact = evaluate(cascade, tensors, scalars, dtype=torch.float64)
+    eager = evaluate(cascade, tensors, scalars)
+    moved = evaluate(cascade, _moved(cascade, tensors, seed), scalars, dtype=torch.float64)
+    types = declared_types(cascade)
+    found = []
+    for output in cascade.outputs:
+        x, dtype = exact[output.name], types[output.name]
+        if not dtype.is_float:
+            wrong = _mismatches(eager[output.name], x)
+            found.append(Expected(output.name, dtype, x, eager[output.name], float(max(x.numel(), 1)), 2 * wrong + 1e-3))
+            continue
+        told = torch.isfinite(x) & torch.isfinite(eager[output.name].double())
+        scale = float(x[told].abs().max()) if told.any() else 0.0
+        rounding = 2.0 ** -(min(dtype.mantissa, 23) + 1)
+        slack = max(8 * 2.0**-24, rounding if dtype.bits < 32 else 0.0)
+        steady = told & torch.isfinite(moved[output.name])
+        allowed = 2 * _error(eager[output.name], x, told, scale) + _error(moved[output.name], x, steady, scale) + slack
+        found.append(Expected(output.name, dtype, x, eager[output.name], scale, allowed))
+    return tuple(found)
+
+
+def _moved(cascade: Cascade, tensors: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """The float inputs in float64, each element moved at random by up to one rounding of its type."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    moved = dict(tensors)
+    for t in cascade.inputs:
+        if t.dtype.is_float and t.dtype.bits >= 16:
+            x = tensors[t.name].double()
+            step = 2.0 ** -(min(t.dtype.mantissa, 23) + 1)
+            moved[t.name] = x * (1 + step * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1))
+    return moved
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor, told: torch.Tensor, scale: float) -> float:
+    """The largest error at the points `told`, relative to `scale`; infinity where one is not finite."""
+    if not told.any():
+        return 0.0
+    difference = (found.double() - exact)[told].abs().max().item()
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
+
+
+def _mismatches(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The share of elements that differ."""
+    return float((found.long() != exact.long()).double().mean()) if exact.numel() else 0.0
+
+
+def _check(candidate: Candidate, case: Case) -> list[tuple[Expected, float]]:
+    """The errors of a candidate on a case. Raises `Rejected`."""
+    before = [t.clone() for t in case.inputs]
+    first, second = (_run_framed(candidate, case) for _ in range(2))
+    where = f"on {case.distribution} inputs at {', '.join(f'{r}={n}' for r, n in case.sizes)}"
+    for tensor, copy in zip(case.inputs, before, strict=True):
+        if not _same_bits(tensor, copy):
+            raise Rejected("wrong", f"an input was overwritten {where}")
+    found = []
+    for expected, a, b in zip(case.expected, first, second, strict=True):
+        error = _measure_error(expected, a, where)
+        if not error <= expected.tolerance:
+            raise Rejected("wrong", f"{expected.name} is off by {error:.3g} where {expected.tolerance:.3g} is allowed, {where}")
+        if not _same_bits(a, b):
+            raise Rejected("nondeterministic", f"two runs differ in {expected.name} {where}")
+        found.append((expected, error))
+    return found
+
+
+def _check_asked(candidate: Candidate, oracle: Oracle, cases: Sequence[Case]) -> None:
+    """Runs a shape that was too large for the reference: bounds, determinism, and no NaN if smaller normal inputs give none."""
+    if any(dict(case.sizes) == oracle.sizes for case in cases):
+        return
+    like = next((case for case in cases if case.distribution == "normal"), None)
+    if like is None:
+        return
+    case = oracle.asked(like)
+    first, second = (_run_framed(candidate, case) for _ in range(2))
+    where = "at the asked shape"
+    for expected, a, b in zip(like.expected, first, second, strict=True):
+        if not _same_bits(a, b):
+            raise Rejected("nondeterministic", f"two runs differ in {expected.name} {where}")
+        if expected.dtype.is_float and torch.isfinite(expected.exact).all() and not torch.isfinite(a.double()).all():
+            raise Rejected("wrong", f"{expected.name} holds NaN, or was not written, {where}")
+
+
+def _measure_error(expected: Expected, found: torch.Tensor, where: str) -> float:
+    if not expected.dtype.is_float:
+        return _mismatches(found, expected.exact)
+    values = found.double()
+    told = torch.isfinite(expected.exact) & torch.isfinite(expected.eager.double())
+    if torch.isnan(values[told]).any():
+        raise Rejected("wrong", f"{expected.name} holds NaN, or was not written, where the reference is finite {where}")
+    infinite = torch.isinf(expected.exact)
+    if not (torch.isnan(values[infinite]) | (values[infinite] == expected.exact[infinite])).all():
+        raise Rejected("wrong", f"{expected.name} is finite where the reference is infinite {where}")
+    return _error(values, expected.exact, told, expected.scale)
+
+
+def _run_framed(candidate: Candidate, case: Case) -> list[torch.Tensor]:
+    """The outputs of one run, written into poisoned tensors between guard bands that must stay as they were."""
+    framed = [_framed(e.exact.shape, e.dtype) for e in case.expected]
+    candidate.run(case.inputs, [view for view, _ in framed])
+    for (view, buffer), expected in zip(framed, case.expected, strict=True):
+        size = view.numel() * view.element_size()
+        if not (buffer[:GUARD_BYTES] == 0xA5).all() or not (buffer[GUARD_BYTES + size :] == 0xA5).all():
+            sizes = ", ".join(f"{r}={n}" for r, n in case.sizes)
+            raise Rejected("wrong", f"{expected.name} was written outside its bounds at {sizes}")
+    return [view for view, _ in framed]
+
+
+def _framed(shape: torch.Size, dtype: DType) -> tuple[torch.Tensor, torch.Tensor]:
+    """A contiguous tensor full of poison, and the buffer of bytes it lies in the middle of."""
+    kind = to_torch(dtype)
+    size = math.prod(shape) * kind.itemsize
+    buffer = torch.full((size + 2 * GUARD_BYTES,), 0xA5, dtype=torch.uint8)
+    view = buffer[GUARD_BYTES : GUARD_BYTES + size].view(kind).reshape(shape)
+    if dtype.is_float:
+        view.fill_(math.nan)
+    return view, buffer
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return (t if t.ndim else t.reshape(1)).contiguous().view(torch.uint8)
+
+
+# Shapes -----------------------------------------------------------------------------------------------------------------------------
+
+
+def shapes_for(cascade: Cascade, sizes: Mapping[str, int], static: Mapping[str, int]) -> list[Sizes]:
+    """The shapes to check: the asked one, cut where it is too large; then an odd one, a small one and one of extents 1.
+
+    Ranks in `static` keep their extents; without any other rank there is the asked shape alone.
+    """
+    declared = {d.name for d in cascade.ranks}
+    ranks = list(dict.fromkeys(r for t in cascade.inputs for r in t.ranks))
+    free = [r for r in ranks if r not in static and r not in declared]
+    asked = {r: sizes[r] for r in ranks if r not in declared or r in cascade.static_sizes()}
+    first = _cut(cascade, asked, free)
+    wanted = [
+        first,
+        {**first, **{r: _odd(first[r]) for r in free}},
+        {**first, **{r: _SMALL[i % len(_SMALL)] for i, r in enumerate(free)}},
+        {**first, **dict.fromkeys(free, 1)},
+    ]
+    found: list[Sizes] = []
+    for shape in wanted:
+        try:
+            full = complete_sizes(cascade, shape)
+        except BindingError:  # ranks hang together in a way only the cascade knows
+            continue
+        if full not in found and all(full.get(r, n) == n for r, n in static.items()):
+            found.append(full)
+    return found or [dict(sizes)]
+
+
+def _odd(extent: int) -> int:
+    """An odd extent below, no more than 150 elements, that fills a few tiles and part of another."""
+    return extent if extent <= 2 else min(extent * 5 // 8, 150) | 1
+
+
+def _cut(cascade: Cascade, asked: Sizes, free: Sequence[str]) -> Sizes:
+    """`asked` with its largest free extents halved (and made odd) until the reference can afford it."""
+    shape = dict(asked)
+    while True:
+        try:
+            elements, operations = reference_cost(cascade, complete_sizes(cascade, shape))
+        except BindingError:
+            return dict(asked)
+        largest = max(free, key=lambda r: shape[r], default=None)
+        if largest is None or shape[largest] < 4 or (elements <= MAX_ELEMENTS and operations <= MAX_OPERATIONS):
+            return shape
+        shape[largest] = shape[largest] // 2 | 1
+
+
+def reference_cost(cascade: Cascade, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Elements of the largest tensor that the reference makes, and operations of its largest statement."""
+    elements = operations = 1
+    for ranks, over, products in _iteration_spaces(cascade.body):
+        points = math.prod(sizes.get(r, 1) for r in ranks)
+        kept = [r for r in ranks if r not in over] if products else ranks
+        elements = max(elements, math.prod(sizes.get(r, 1) for r in kept))
+        operations = max(operations, points)
+    return elements, operations
+
+
+def _iteration_spaces(body: Sequence[Statement]) -> list[tuple[list[str], tuple[str, ...], bool]]:
+    """For each statement: the ranks of its points, those reduced, and whether it is a plain sum of products."""
+    spaces: list[tuple[list[str], tuple[str, ...], bool]] = []
+    for s in body:
+        match s:
+            case Einsum():
+                plain = s.op == "sum" and s.where is None and _is_product(s.expr)
+                spaces.append((list(dict.fromkeys((*s.ranks, *index_ranks(s.expr)))), s.over, plain))
+            case Scan() | Populate() | Scatter():
+                spaces.append((list(dict.fromkeys((*s.ranks, *index_ranks(s.expr)))), (), False))
+            case Concat():
+                spaces.append((list(s.ranks), (), False))
+            case Iterate():
+                spaces.extend(_iteration_spaces(s.body))
+    return spaces
+
+
+def _is_product(e: Expr) -> bool:
+    match e:
+        case Read():
+            return True
+        case Op(name="mul", args=args):
+            return all(_is_product(a) for a in args)
+        case _:
+            return False
