@@ -15,6 +15,42 @@ if TYPE_CHECKING:
     from .compiler.analysis import passes as passes
     from .compiler.analysis import phases as phases
     from .compiler.executable import Executable as Executable
+    from .compiler.functions import abs as abs
+    from .compiler.functions import ceil as ceil
+    from .compiler.functions import clz as clz
+    from .compiler.functions import concat as concat
+    from .compiler.functions import cos as cos
+    from .compiler.functions import erf as erf
+    from .compiler.functions import exact as exact
+    from .compiler.functions import exp as exp
+    from .compiler.functions import exp2 as exp2
+    from .compiler.functions import extent as extent
+    from .compiler.functions import floor as floor
+    from .compiler.functions import index as index
+    from .compiler.functions import isfinite as isfinite
+    from .compiler.functions import isinf as isinf
+    from .compiler.functions import isnan as isnan
+    from .compiler.functions import iterate as iterate
+    from .compiler.functions import log as log
+    from .compiler.functions import log1p as log1p
+    from .compiler.functions import log2 as log2
+    from .compiler.functions import maximum as maximum
+    from .compiler.functions import minimum as minimum
+    from .compiler.functions import popcount as popcount
+    from .compiler.functions import round as round
+    from .compiler.functions import rsqrt as rsqrt
+    from .compiler.functions import sigmoid as sigmoid
+    from .compiler.functions import sign as sign
+    from .compiler.functions import sin as sin
+    from .compiler.functions import sqrt as sqrt
+    from .compiler.functions import tanh as tanh
+    from .compiler.functions import trunc as trunc
+    from .compiler.functions import where as where
+    from .compiler.helpers import logsumexp as logsumexp
+    from .compiler.helpers import mean as mean
+    from .compiler.helpers import rope as rope
+    from .compiler.helpers import softmax as softmax
+    from .compiler.helpers import var as var
     from .configuration import Settings as Settings
     from .configuration import configure as configure
     from .ir.cascade import Cascade as Cascade
@@ -25,6 +61,22 @@ if TYPE_CHECKING:
     from .ir.errors import EinfallError as EinfallError
     from .ir.errors import ScheduleError as ScheduleError
     from .ir.errors import UnsupportedError as UnsupportedError
+    from .ir.types import DType as DType
+    from .ir.types import bf16 as bf16
+    from .ir.types import boolean as boolean
+    from .ir.types import e8m0 as e8m0
+    from .ir.types import f4e2m1 as f4e2m1
+    from .ir.types import f8e4m3 as f8e4m3
+    from .ir.types import f8e5m2 as f8e5m2
+    from .ir.types import f16 as f16
+    from .ir.types import f32 as f32
+    from .ir.types import f64 as f64
+    from .ir.types import i4 as i4
+    from .ir.types import i8 as i8
+    from .ir.types import i16 as i16
+    from .ir.types import i32 as i32
+    from .ir.types import i64 as i64
+    from .ir.types import u8 as u8
     from .schedules.schedule import Schedule as Schedule
 
     settings: Settings
@@ -35,10 +87,17 @@ _PLACES = {
     "api": ("Kernel", "kernel", "load", "parse"),
     "compiler.analysis": ("passes", "phases"),
     "compiler.executable": ("Executable",),
+    "compiler.functions": (
+        "abs", "ceil", "clz", "concat", "cos", "erf", "exact", "exp", "exp2", "extent", "floor", "index", "isfinite", "isinf", "isnan",
+        "iterate", "log", "log1p", "log2", "maximum", "minimum", "popcount", "round", "rsqrt", "sigmoid", "sign", "sin", "sqrt", "tanh",
+        "trunc", "where",
+    ),
+    "compiler.helpers": ("logsumexp", "mean", "rope", "softmax", "var"),
     "configuration": ("Settings", "configure"),
     "ir.cascade": ("Cascade",),
-    "ir.errors": (
-        "BindingError", "BuildError", "CascadeError", "DatabaseError", "EinfallError", "ScheduleError", "UnsupportedError",
+    "ir.errors": ("BindingError", "BuildError", "CascadeError", "DatabaseError", "EinfallError", "ScheduleError", "UnsupportedError"),
+    "ir.types": (
+        "DType", "bf16", "boolean", "e8m0", "f16", "f32", "f4e2m1", "f64", "f8e4m3", "f8e5m2", "i16", "i32", "i4", "i64", "i8", "u8",
     ),
     "schedules.schedule": ("Schedule",),
 }  # fmt: skip

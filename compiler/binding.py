@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from ..ir.binding import bind_sizes, to_torch
+from ..ir.binding import bind_sizes, from_torch, to_torch
 from ..ir.cascade import Axis, Cascade
 from ..ir.errors import BindingError
+from ..ir.types import DType
 
 
 def complete_sizes(cascade: Cascade, dims: Mapping[str, int]) -> dict[str, int]:
@@ -44,6 +45,11 @@ def complete_sizes(cascade: Cascade, dims: Mapping[str, int]) -> dict[str, int]:
         if found[rank] != extent:
             raise BindingError(f"rank {rank} is given the extent {extent}, but the cascade makes it {found[rank]}", cascade=cascade.name)
     return found
+
+
+def types_of(given: Mapping[str, object]) -> dict[str, DType]:
+    """The element types of the tensors among `given`. Raises `BindingError` for a type that einfall does not have."""
+    return {name: from_torch(value.dtype) for name, value in given.items() if isinstance(value, torch.Tensor)}
 
 
 def shape_of(axes: Sequence[Axis], sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -1,0 +1,511 @@
+"""The kernel: a cascade that is called, explained, compiled, checked and tuned.
+
+    @ef.kernel
+    def total(X: "i j", *, scale: float) -> "i": ...
+
+A function is traced once for its static arguments and the types of its inputs. A call looks its signature up, and only a new one is
+checked, traced, looked up in the database and compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .configuration import Settings, current
+from .ir.cascade import Cascade
+from .ir.errors import BindingError, DatabaseError, UnsupportedError
+from .ir.types import DType
+from .ir.types import dtype as dtype_named
+from .schedules.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from .compiler.executable import Bound, Executable
+    from .compiler.report import Report
+    from .schedules.target import Target
+    from .tuner.compare import Comparison
+    from .tuner.lookup import Lookup
+    from .tuner.property_check import CheckReport, Trial
+    from .tuner.tune import Event, TuneResult
+
+T = TypeVar("T")
+MEMO_LIMIT = 4096  # signatures kept by a kernel
+_REQUIRED: Any = inspect.Parameter.empty
+DtypeLike = str | DType
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """Make a kernel of a function on named ranks. Nothing is traced and nothing heavy imported before it is used."""
+    return Kernel(function)
+
+
+def parse(text: str, file: str = "<text>") -> Cascade:
+    """The cascade that `text` spells; the inverse of `str(cascade)`. Raises `CascadeError` with the line and a caret."""
+    from .ir.check import check_cascade
+    from .ir.text import parse_cascade
+
+    cascade = parse_cascade(text, file)
+    check_cascade(cascade)
+    return cascade
+
+
+def load(folder: str | Path) -> Executable:
+    """The executable that was saved in `folder`, without compiling. Raises `BuildError` for a folder that is damaged or foreign."""
+    from .compiler.store import load_executable
+
+    return load_executable(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """The arguments of a kernel: tensors in order, scalars and static arguments with their defaults (or `_REQUIRED`)."""
+
+    tensors: tuple[str, ...]
+    scalars: tuple[tuple[str, Any], ...]
+    static: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def of_function(function: Callable[..., Any]) -> _Parameters:
+        tensors, scalars, static = [], [], []
+        for parameter in inspect.signature(function).parameters.values():
+            said = type(parameter.default) if parameter.annotation is _REQUIRED else parameter.annotation
+            kind = getattr(said, "__name__", said)
+            if kind == "float":
+                scalars.append((parameter.name, parameter.default))
+            elif kind in ("int", "bool", "str"):
+                static.append((parameter.name, parameter.default))
+            else:
+                tensors.append(parameter.name)
+        return _Parameters(tuple(tensors), tuple(scalars), tuple(static))
+
+    @staticmethod
+    def of_cascade(cascade: Cascade) -> _Parameters:
+        return _Parameters(tuple(t.name for t in cascade.inputs), tuple((s.name, _REQUIRED) for s in cascade.scalars), ())
+
+
+class Kernel:
+    """See the module. Made by `@ef.kernel`, or from a cascade by `Kernel.from_cascade`."""
+
+    def __init__(self, function: Callable[..., Any] | None = None, *, cascade: Cascade | None = None) -> None:
+        if (function is None) == (cascade is None):
+            raise TypeError("a kernel is made of a function or of a cascade")
+        self._function = function
+        self._given = cascade
+        self._parameters = _Parameters.of_function(function) if function is not None else _Parameters.of_cascade(_some(cascade))
+        self._names = frozenset(n for n, _ in (*self._parameters.scalars, *self._parameters.static))
+        self._lock = threading.RLock()
+        self._traced: dict[object, Cascade] = {}
+        self._targets: dict[str, Target] = {}
+        self._executables: dict[object, list[Executable]] = {}
+        self._memo: dict[object, tuple[Executable, Bound]] = {}
+        self._memo_settings: Settings | None = None
+        if function is not None:
+            functools.update_wrapper(self, function)
+
+    @staticmethod
+    def from_cascade(cascade: Cascade) -> Kernel:
+        """A kernel of a cascade that came from text or from a pass."""
+        from .ir.check import check_cascade
+
+        check_cascade(cascade)
+        return Kernel(cascade=cascade)
+
+    @property
+    def name(self) -> str:
+        """The name of the function or cascade."""
+        return self._given.name if self._given is not None else getattr(self._function, "__name__", "kernel")
+
+    def __repr__(self) -> str:
+        return f"<einfall.Kernel {self.name}({', '.join(self._parameters.tensors)})>"
+
+    # -- the cascade --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def cascade(self) -> Cascade:
+        """The cascade, with f32 inputs where the types are the caller's; static arguments take their defaults."""
+        return self.trace()
+
+    def trace(self, *, dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None, **static: int | bool) -> Cascade:
+        """The cascade for these input types (f32 where not given) and static arguments.
+
+        Raises `BindingError` for an unknown argument or type, `CascadeError` for a wrong program.
+        """
+        types = self._types(dtypes)
+        chosen = self._static(static)
+        key = (tuple(sorted((name, t.name) for name, t in types.items())), tuple(chosen.items()))
+        with self._lock:
+            cascade = self._traced.get(key)
+            if cascade is None:
+                cascade = self._traced[key] = self._trace(types, chosen)
+            return cascade
+
+    def _trace(self, types: Mapping[str, DType], static: Mapping[str, object]) -> Cascade:
+        if self._given is not None:
+            from .ir.check import check_cascade
+
+            retyped = replace(self._given, inputs=tuple(replace(t, dtype=types.get(t.name, t.dtype)) for t in self._given.inputs))
+            if retyped != self._given:
+                check_cascade(retyped)
+            return retyped
+        from .compiler.trace import trace
+
+        return trace(_some(self._function), static=static, dtypes=types)
+
+    def _types(self, dtypes: Mapping[str, DtypeLike] | DtypeLike | None) -> dict[str, DType]:
+        if dtypes is None:
+            return {}
+        table = dict(dtypes) if isinstance(dtypes, Mapping) else dict.fromkeys(self._parameters.tensors, dtypes)
+        found = {}
+        for name, t in table.items():
+            if name not in self._parameters.tensors:
+                known = ", ".join(self._parameters.tensors)
+                raise BindingError(f"a type is given for {name!r}, which is no input", cascade=self.name, hint=f"the inputs are {known}")
+            try:
+                found[name] = dtype_named(t)
+            except (KeyError, TypeError):
+                raise BindingError(f"{name}: there is no element type {t!r}", cascade=self.name, hint="such as f32, bf16, i8") from None
+        return found
+
+    def _static(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = {}
+        for name, default in self._parameters.static:
+            value = given.get(name, default)
+            if value is _REQUIRED:
+                raise BindingError(f"the static argument {name} is not given", cascade=self.name, hint=f"{name}=... by name")
+            chosen[name] = value
+        if unknown := sorted(set(given) - set(chosen)):
+            known = ", ".join(chosen) or "(none)"
+            raise BindingError(f"there is no static argument {unknown[0]!r}", cascade=self.name, hint=f"they are {known}")
+        return chosen
+
+    # -- calls --------------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *tensors: torch.Tensor, out: Any = None, **named: Any) -> Any:
+        """Run on tensors in the order of the inputs (or by name), scalars and static arguments by name.
+
+        Compiles on the first call of a signature, with the best schedule known. Returns the output, or a tuple of them.
+        """
+        parameters = self._parameters
+        try:
+            key = (
+                tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in tensors]),
+                tuple([named.get(name, default) for name, default in parameters.static]) if parameters.static else (),
+            )
+            executable, bound = self._memo[key]
+            scalars = [float(named.get(name, default)) for name, default in parameters.scalars]
+            if self._memo_settings is not current() or not named.keys() <= self._names:
+                raise KeyError
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # something is new or wrong: look closely
+            return self._call_first(tensors, out, named)
+        return executable.launch(bound, tensors, scalars, out)
+
+    def _call_first(self, tensors: Sequence[Any], out: Any, named: Mapping[str, Any]) -> Any:
+        call = self._prepare(tensors, named)
+        _refuse_other_devices(call.cascade, call.tensors)
+        with self._lock:
+            if self._memo_settings is not current():
+                self._memo.clear()
+                self._memo_settings = current()
+            executable = self._executable(call.cascade, call.sizes(), self._target("cpu"), None)
+            bound = executable.bind(call.tensors)
+            if len(self._memo) >= MEMO_LIMIT:
+                self._memo.clear()
+            signature = tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in call.tensors])
+            self._memo[(signature, tuple(call.static.values()))] = (executable, bound)
+        return executable.launch(bound, call.tensors, call.scalars, out)
+
+    def reference(self, *tensors: torch.Tensor, dtype: torch.dtype | None = None, **named: Any) -> Any:
+        """Eager PyTorch, statement by statement, in the declared types; with `dtype=torch.float64` the oracle.
+
+        With float64 the tensors may be float64 as well as the declared types.
+        """
+        from .ir.reference import evaluate
+
+        call = self._prepare(tensors, named)
+        scalars = {s.name: value for s, value in zip(call.cascade.scalars, call.scalars, strict=True)}
+        results = evaluate(call.cascade, call.by_name, scalars, dtype=dtype)
+        found = tuple(results[o.name] for o in call.cascade.outputs)
+        return found[0] if len(found) == 1 else found
+
+    def _prepare(self, tensors: Sequence[Any], named: Mapping[str, Any]) -> _Call:
+        """Sort the arguments, trace for their types, and check that none is missing or unknown."""
+        from .compiler.binding import arguments, types_of
+
+        parameters = self._parameters
+        given = {**dict(zip(parameters.tensors, tensors, strict=False)), **{n: v for n, v in named.items() if n in parameters.tensors}}
+        types = types_of(given) if self._given is None else {}
+        static_names = {name for name, _ in parameters.static}
+        static = self._static({name: value for name, value in named.items() if name in static_names})
+        cascade = self.trace(dtypes=types, **static)
+        rest = {name: default for name, default in parameters.scalars if default is not _REQUIRED}
+        rest.update({name: value for name, value in named.items() if name not in static_names})
+        ordered, scalars = arguments(cascade, tensors, rest)
+        return _Call(cascade, ordered, tuple(scalars), static)
+
+    def _target(self, target: str | Target) -> Target:
+        """A target by name, one object a name, so that look-ups can remember it."""
+        if not isinstance(target, str):
+            return target
+        with self._lock:
+            if target not in self._targets:
+                from .schedules.target import load_target
+
+                self._targets[target] = load_target(target)
+            return self._targets[target]
+
+    def _executable(self, cascade: Cascade, sizes: Mapping[str, int], target: Target, schedule: Schedule | None) -> Executable:
+        """The executable for these extents: one built before if it serves them, else a new one."""
+        from .compiler.driver import compile_cascade
+        from .tuner.database.records import bucket_text, extents_of
+
+        if schedule is None:
+            schedule, given = _known_schedule(cascade, sizes, target), False
+        else:
+            given = True
+        key = (cascade, target.hash, None if schedule is None else schedule.hash, bucket_text(extents_of(cascade, sizes)), current().cache)
+        with self._lock:
+            built = self._executables.setdefault(key, [])
+            for executable in built:
+                if executable.fits(sizes):
+                    return executable
+            executable = compile_cascade(cascade, sizes=sizes, target=target, schedule=schedule, fall_back=not given)
+            built.append(executable)
+            return executable
+
+    def describe(
+        self,
+        *tensors: torch.Tensor,
+        dims: Mapping[str, int] | None = None,
+        dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
+        **named: Any,
+    ) -> tuple[Cascade, dict[str, int]]:
+        """The cascade and the extent of every rank of a call, given by tensors or by `dims` and `dtypes`. Scalars may be left out."""
+        parameters = self._parameters
+        if tensors or any(name in parameters.tensors for name in named):
+            if dims is not None or dtypes is not None:
+                raise BindingError("both tensors and dims or dtypes are given", cascade=self.name, hint="one or the other")
+            call = self._prepare(tensors, {**{name: 0.0 for name, _ in parameters.scalars}, **named})
+            return call.cascade, call.sizes()
+        from .compiler.binding import complete_sizes
+
+        scalars = {name for name, _ in parameters.scalars}
+        cascade = self.trace(dtypes=dtypes, **{name: value for name, value in named.items() if name not in scalars})
+        return cascade, complete_sizes(cascade, dims or {})
+
+    # -- everything about it ------------------------------------------------------------------------------------------------------
+
+    def explain(
+        self,
+        *tensors: torch.Tensor,
+        target: str = "cpu",
+        dims: Mapping[str, int] | None = None,
+        dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
+        show: bool = True,
+        **named: Any,
+    ) -> Report:
+        """What the compiler makes of the cascade on a target: passes before and after, rewrites, kernels, traffic, roofline.
+
+        Give tensors, or `dims` and `dtypes`. Prints the report unless `show` is False, and returns it: `.to_dict()`, `.to_html()`.
+        """
+        from .compiler.report import explain
+
+        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        report = explain(cascade, sizes, self._target(target))
+        if show:
+            report.print()
+        return report
+
+    def compile(
+        self,
+        *tensors: torch.Tensor,
+        target: str = "cpu",
+        schedule: Schedule | Mapping[str, Any] | None = None,
+        dims: Mapping[str, int] | None = None,
+        dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
+        **named: Any,
+    ) -> Executable:
+        """Build for these extents. Without a schedule the best one known is taken, else the default.
+
+        Raises `UnsupportedError` where the target cannot, `ScheduleError` for a schedule that is not legal, `BuildError` from its tools.
+        """
+        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        chosen = Schedule.from_dict(schedule) if isinstance(schedule, Mapping) else schedule
+        return self._executable(cascade, sizes, self._target(target), chosen)
+
+
+    def tune(
+        self,
+        *tensors: torch.Tensor,
+        target: str = "cpu",
+        trials: int = 64,
+        database: str | Path | None = None,
+        seed: int = 0,
+        resume: bool = False,
+        dims: Mapping[str, int] | None = None,
+        dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **named: Any,
+    ) -> TuneResult:
+        """Search for the fastest schedule at these extents on this machine and record it; the next call picks it up.
+
+        Args:
+            trials: candidates to measure at most.
+            database: the file to record in; that of the settings if None.
+            resume: whether candidates that the database knows already count as measured.
+            on_event: told of everything as it happens.
+
+        Raises `DatabaseError` if the file cannot be used, `BuildError` if no candidate ran and was right.
+        """
+        from .tuner.tune import tune
+
+        place = current().database if database is None else Path(database)
+        if place is None:
+            raise DatabaseError("no tuning database is set", hint="database=..., or EINFALL_DB")
+        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        scalars = {s.name: float(self._split(named)[0].get(s.name, 1.0)) for s in cascade.scalars}
+        try:
+            return tune(
+                cascade, sizes=sizes, target=self._target(target), database=place, scalars=scalars, trials=trials, seed=seed,
+                on_event=on_event, resume=resume, threads=current().threads,
+            )  # fmt: skip
+        finally:
+            with self._lock:
+                self._memo.clear()
+            if place == current().database:
+                _lookup(place).forget()
+
+    def check(
+        self,
+        *tensors: torch.Tensor,
+        target: str = "cpu",
+        dims: Mapping[str, int] | None = None,
+        dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
+        trials: int = 10,
+        seed: int = 0,
+        on_trial: Callable[[Trial], None] | None = None,
+        **named: Any,
+    ) -> CheckReport:
+        """Compare the kernel with the reference in float64 over `trials` sets of random extents and values.
+
+        `dims` fixes extents and `named` scalars; what is left open is drawn. With tensors, their extents and types are the fixed ones.
+        """
+        from .tuner.property_check import check_kernel
+
+        scalars, static = self._split(named)
+        if tensors or any(name in self._parameters.tensors for name in named):
+            cascade, fixed = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        else:
+            cascade, fixed = self.trace(dtypes=dtypes, **static), dict(dims or {})
+        machine = self._target(target)
+
+        def build(sizes: Mapping[str, int]) -> Executable:
+            return self._executable(cascade, sizes, machine, None)
+
+        return check_kernel(
+            cascade, build, target=target, scalars=scalars, fixed=fixed, trials=trials, seed=seed, on_trial=on_trial
+        )
+
+    def bench(
+        self,
+        *tensors: torch.Tensor,
+        target: str = "cpu",
+        dims: Mapping[str, int] | None = None,
+        dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
+        compiled: bool = False,
+        cold: bool = False,
+        seed: int = 0,
+        peers: Sequence[tuple[str, Callable[..., object]]] = (),
+        **named: Any,
+    ) -> Comparison:
+        """Time the kernel against its default schedule, eager PyTorch and `peers`, interleaved in one run, beside the roofline.
+
+        Args:
+            compiled: whether the reference under torch.compile competes as well.
+            cold: whether inputs are kept out of the last-level cache.
+            peers: names and functions of the input tensors, in order.
+        """
+        from .compiler.cost import roofline
+        from .schedules.default import default_schedule
+        from .tuner.compare import compare
+
+        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        machine = self._target(target)
+        best = self._executable(cascade, sizes, machine, None)
+        default = self._executable(cascade, sizes, machine, default_schedule(best.plan, sizes, machine))
+        tuned = best.schedule != default.schedule
+        return compare(
+            cascade,
+            sizes,
+            [("tuned", best), ("default", default)] if tuned else [("default", default)],
+            scalars={s.name: float(self._split(named)[0].get(s.name, 1.0)) for s in cascade.scalars},
+            roofline_ms=roofline(cascade, sizes, machine).time_us / 1e3,
+            compiled=compiled,
+            peers=peers,
+            cache_bytes=max((c.bytes for c in machine.caches), default=0) if cold else 0,
+            seed=seed,
+        )
+
+    def _split(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Scalars (defaults included) and everything else of `named`."""
+        scalars = {name: default for name, default in self._parameters.scalars if default is not _REQUIRED}
+        names = {name for name, _ in self._parameters.scalars}
+        scalars.update({name: value for name, value in named.items() if name in names})
+        return scalars, {name: value for name, value in named.items() if name not in names}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call with its arguments in order."""
+
+    cascade: Cascade
+    tensors: tuple[torch.Tensor, ...]
+    scalars: tuple[float | int, ...]
+    static: Mapping[str, Any]
+
+    @property
+    def by_name(self) -> dict[str, torch.Tensor]:
+        return {t.name: tensor for t, tensor in zip(self.cascade.inputs, self.tensors, strict=True)}
+
+    def sizes(self) -> dict[str, int]:
+        from .ir.binding import bind_sizes
+
+        return bind_sizes(self.cascade, self.by_name)
+
+
+@functools.cache
+def _lookup(path: Path) -> Lookup:
+    """The look-ups of a database, one object a file, which keeps its connection and its answers."""
+    from .tuner.lookup import Lookup
+
+    return Lookup(path)
+
+
+def _known_schedule(cascade: Cascade, sizes: Mapping[str, int], target: Target) -> Schedule | None:
+    database = current().database
+    if database is None:
+        return None
+    found = _lookup(database).find(cascade, sizes, target)
+    return None if found is None else found.schedule
+
+
+def _refuse_other_devices(cascade: Cascade, tensors: Sequence[torch.Tensor]) -> None:
+    for declared, tensor in zip(cascade.inputs, tensors, strict=True):
+        if not tensor.is_cpu:
+            raise UnsupportedError(
+                f"{declared.name} lies on {tensor.device}; this version runs kernels on the CPU",
+                cascade=cascade.name,
+                hint=f"{declared.name}.cpu(), or .reference(...), which runs on any device",
+            )
+
+
+def _some(value: T | None) -> T:
+    if value is None:
+        raise AssertionError("a kernel has a function or a cascade")
+    return value

@@ -1,0 +1,77 @@
+"""`einfall explain` and `einfall compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..ir.errors import EinfallError
+from .options import kernel_options, print_json, request, using
+
+
+@click.command("explain")
+@kernel_options
+@click.option("--html", metavar="FILE", help="Also write the report as a page.")
+def explain_command(
+    ref: str, target: str, dims: Any, dtype: Any, values: Any, database: str | None, as_json: bool, seed: int, html: str | None
+) -> None:
+    """Show the cascade of REF, its passes before and after, the rewrites, the plan, the traffic and the roofline."""
+    asked = request(ref, target, dims, dtype, values, seed)
+    with using(database):
+        report = asked.kernel.explain(dims=asked.dims, dtypes=asked.dtypes, target=target, show=False, **asked.values)
+    if html is not None:
+        write_text(Path(html), report.to_html())
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        report.print()
+
+
+@click.command("compile")
+@kernel_options
+@click.option("-o", "--output", required=True, metavar="DIR", help="The folder for source, binary and manifest.")
+@click.option("--schedule", metavar="FILE", help="A schedule as JSON, instead of the best one known.")
+def compile_command(
+    ref: str,
+    target: str,
+    dims: Any,
+    dtype: Any,
+    values: Any,
+    database: str | None,
+    as_json: bool,
+    seed: int,
+    output: str,
+    schedule: str | None,
+) -> None:
+    """Build REF for a target and write source, binary and manifest into a folder that `ef.load` reads."""
+    asked = request(ref, target, dims, dtype, values, seed)
+    chosen = None if schedule is None else _schedule(Path(schedule))
+    with using(database):
+        executable = asked.kernel.compile(dims=asked.dims, dtypes=asked.dtypes, target=target, schedule=chosen, **asked.values)
+    folder = executable.save(output)
+    files = sorted(path.name for path in folder.iterdir())
+    if as_json:
+        facts = {"target": target, "schedule": executable.schedule.to_dict(), "facts": executable.facts}
+        print_json({"folder": str(folder), "files": files, **facts})
+    else:
+        click.echo(f"{folder}: {', '.join(files)}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file. Raises `EinfallError` where that cannot be."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EinfallError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _schedule(path: Path) -> Any:
+    from ..schedules.schedule import Schedule
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EinfallError(f"{path} cannot be read: {error}") from None
+    return Schedule.from_json(text)
