@@ -45,7 +45,7 @@ def kernel_roles(cascade: Cascade, kernel: KernelPlan, sizes: Mapping[str, int])
     reduced = {r for s in _sums(kernel) for r in s.over}
     work = list(_work(kernel))
     all_ranks = tuple(dict.fromkeys(r for ranks, _ in work for r in ranks) | dict.fromkeys(r for ranks in stored for r in ranks))
-    contracts = any(_is_contraction(s.expr, s.ranks, s.over) for s in _sums(kernel))
+    contracts = any(is_contraction(s.expr, s.ranks, s.over) for s in _sums(kernel))
     streamed = _streamed_inputs(cascade, kernel)
     rows, units, lanes = [], [], []
     for rank in common:
@@ -136,7 +136,7 @@ def _along_memory(cascade: Cascade, kernel: KernelPlan, rank: str) -> bool:
     return False
 
 
-def _is_contraction(e: Expr, ranks: tuple[str, ...], over: tuple[str, ...]) -> bool:
+def is_contraction(e: Expr, ranks: tuple[str, ...], over: tuple[str, ...]) -> bool:
     """Whether the summand is a product of two values that both vary along the reduced ranks and each lack a result rank."""
     factors = [set(expression_ranks(f)) for f in product_factors(e)]
     varying = [f for f in factors if f & set(over)]

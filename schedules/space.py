@@ -1,0 +1,152 @@
+"""The schedules worth trying for a plan on a target: a product of axes, each a short list of choices.
+
+Axes follow from the roles of the ranks: tile sizes of rows, lanes and stream; the order of the grid where the work of tasks differs;
+the register tile of each contraction and where its update enters; online or repeated passes where states are corrected. A choice of
+None leaves the matter to the default.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..ir.plan import KernelPlan, Plan
+from .default import ceil_power, default_schedule, default_tiles
+from .roles import Roles, is_contraction, kernel_roles
+from .schedule import DotSchedule, GridOrder, Schedule
+from .target import Target
+
+ROW_TILES = (16, 32, 64, 96, 128, 256)
+STREAM_TILES = (32, 64, 128, 256, 512)
+FLAT_ROWS = (1, 2, 4, 8)
+FLAT_STREAMS = (512, 1024, 2048, 4096, 8192, 16384)
+LANE_TILES = (64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One decision. `kind` is tile, grid_order, register, update or stream; `key` names the rank or tile it is about."""
+
+    kind: str
+    key: str
+    choices: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The product of `axes`, applied to the default schedule `base`. Points are `Schedule`s."""
+
+    base: Schedule
+    axes: tuple[Axis, ...]
+
+    def __len__(self) -> int:
+        return math.prod(len(axis.choices) for axis in self.axes)
+
+    def __iter__(self) -> Iterator[Schedule]:
+        return (self.point(chosen) for chosen in itertools.product(*(axis.choices for axis in self.axes)))
+
+    def point(self, chosen: Sequence[Any]) -> Schedule:
+        """The schedule with one choice for each axis."""
+        tile, order, dots, stream = dict(self.base.tile), self.base.grid_order, dict(self.base.dot), dict(self.base.stream)
+        for axis, choice in zip(self.axes, chosen, strict=True):
+            match axis.kind:
+                case "tile":
+                    tile[axis.key] = choice
+                case "grid_order":
+                    order = choice
+                case "register" if choice is not None:
+                    dots[axis.key] = replace(dots.get(axis.key, DotSchedule()), register=choice)
+                case "update" if choice:
+                    dots[axis.key] = replace(dots.get(axis.key, DotSchedule()), update_at_load=True)
+                case "stream" if choice != "online":
+                    stream[axis.key] = choice
+        return Schedule.make(tile=tile, dot=dots, grid_order=order, stream=stream, layout=dict(self.base.layout), group=dict(self.base.group))
+
+    def choices_of(self, point: Schedule) -> tuple[Any, ...]:
+        """The inverse of `point`. A value that is no choice of its axis is returned as it is."""
+        return tuple(self._choice(axis, point) for axis in self.axes)
+
+    def _choice(self, axis: Axis, point: Schedule) -> Any:
+        match axis.kind:
+            case "tile":
+                return dict(point.tile).get(axis.key)
+            case "grid_order":
+                return point.grid_order
+            case "register":
+                return dict(point.dot).get(axis.key, DotSchedule()).register or None
+            case "update":
+                return dict(point.dot).get(axis.key, DotSchedule()).update_at_load
+            case _:
+                return dict(point.stream).get(axis.key, "online")
+
+    def sample(self, rng: random.Random) -> Schedule:
+        """A point drawn evenly."""
+        return self.point([rng.choice(axis.choices) for axis in self.axes])
+
+    def neighbours(self, point: Schedule) -> Iterator[Schedule]:
+        """The points that differ in one axis."""
+        current = self.choices_of(point)
+        for i, axis in enumerate(self.axes):
+            for choice in axis.choices:
+                if choice != current[i]:
+                    yield self.point([*current[:i], choice, *current[i + 1 :]])
+
+    def features(self, point: Schedule) -> list[float]:
+        """The point as numbers: the logarithm of a size, else the position of the choice in its axis."""
+        row: list[float] = []
+        for axis, choice in zip(self.axes, self.choices_of(point), strict=True):
+            if axis.kind == "tile":
+                row.append(math.log2(choice))
+            else:
+                row.append(float(axis.choices.index(choice)) if choice in axis.choices else -1.0)
+        return row
+
+
+def schedule_space(plan: Plan, sizes: Mapping[str, int], target: Target) -> Space:
+    """The space for a plan at extents like `sizes`; its default point is among the choices."""
+    known = plan.cascade.solve_sizes(sizes)
+    base = default_schedule(plan, known, target)
+    axes: list[Axis] = []
+    for kernel in plan.kernels:
+        roles = kernel_roles(plan.cascade, kernel, known)
+        axes.extend(_tile_axes(base, kernel, roles, known))
+        axes.extend(_dot_axes(kernel, known))
+        if any(s.domain.predicates for s in kernel.stages):
+            orders: tuple[GridOrder, ...] = ("heavy_first", "zigzag", "rising")
+            axes.append(Axis("grid_order", kernel.name, orders))
+    streams = {k.stream for k in plan.kernels if k.stream is not None and any(s.origins for s in k.stages)}
+    axes.extend(Axis("stream", rank, ("online", "repeat")) for rank in sorted(streams))
+    unique = {(a.kind, "" if a.kind == "grid_order" else a.key): a for a in axes}
+    return Space(base, tuple(unique.values()))
+
+
+def _tile_axes(base: Schedule, kernel: KernelPlan, roles: Roles, sizes: Mapping[str, int]) -> Iterator[Axis]:
+    defaults = default_tiles(roles, sizes)
+    entries = dict(base.tile)
+    for rank, default in defaults.items():
+        if rank == roles.stream:
+            options = STREAM_TILES if roles.contracts or roles.lanes else FLAT_STREAMS
+        elif rank in roles.lanes:
+            options = LANE_TILES
+        elif rank in roles.rows and roles.contracts:
+            options = ROW_TILES
+        else:
+            options = FLAT_ROWS
+        key = rank if rank in entries else f"{kernel.name}.{rank}"
+        longest = ceil_power(sizes.get(rank, max(options)), min(16, default))
+        choices = sorted({n for n in options if n <= longest} | {default})
+        if len(choices) > 1:
+            yield Axis("tile", key, tuple(choices))
+
+
+def _dot_axes(kernel: KernelPlan, sizes: Mapping[str, int]) -> Iterator[Axis]:
+    """For each contraction the lane is left to the layout; a register choice is (broadcast elements, vectors)."""
+    for stage in kernel.stages:
+        for state in stage.states:
+            if state.op == "sum" and is_contraction(state.summand, state.ranks, state.over):
+                if state.correction.terms:
+                    yield Axis("update", f"{state.name}_new", (False, True))
