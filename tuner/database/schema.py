@@ -73,6 +73,7 @@ def open_for_writing(path: Path, *, create: bool) -> sqlite3.Connection:
             raise missing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     with explained(path):
+        _check_magic(path)
         connection = _connect(path, "rwc" if create else "rw")
         try:
             check_header(connection, path, may_be_empty=create)
@@ -94,6 +95,7 @@ def open_for_reading(path: Path) -> tuple[sqlite3.Connection, bool]:
     if not path.exists():
         raise missing(path)
     with explained(path):
+        _check_magic(path)
         immutable = False
         connection = _connect(path, "ro")
         try:
@@ -110,6 +112,15 @@ def open_for_reading(path: Path) -> tuple[sqlite3.Connection, bool]:
             connection.close()
             raise
     return connection, immutable
+
+
+def _check_magic(path: Path) -> None:
+    """Raises `DatabaseError` for a file that is neither empty nor SQLite's; a very short one SQLite would take as empty."""
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(16)
+        if begin and begin != b"SQLite format 3\x00":
+            raise DatabaseError(f"{path} is not an SQLite database", hint="name another file with --db; this one is left as it is")
 
 
 def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False) -> None:
