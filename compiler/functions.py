@@ -84,7 +84,8 @@ def concat(*parts_: Value, rank: str, parts: Sequence[str] | str) -> Value:
     for piece, part in zip(pieces, parts_, strict=True):
         value = inside(lift(part, graph))
         if piece not in value.ranks:
-            raise graph.error(f"a part of concat has no rank {piece!r}; its ranks are {', '.join(value.ranks)}", f"rename its rank to {piece!r}")
+            found = ", ".join(value.ranks)
+            raise graph.error(f"a part of concat has no rank {piece!r}; its ranks are {found}", f"rename its rank to {piece!r}")
         if rank in value.ranks:
             raise graph.error(f"a part of concat has the rank {rank!r} that concat makes", f"rename it: x.rename({rank}={piece!r})")
         nodes.append((piece, stored(value)))

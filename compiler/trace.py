@@ -13,8 +13,37 @@ from ..ir.check import check_cascade
 from ..ir.expr import Const, Extent, Index, Scalar
 from ..ir.types import DType
 from .functions import (
-    abs, ceil, clz, concat, cos, erf, exact, exp, exp2, extent, floor, index, isfinite, isinf, isnan, iterate, log, log1p, log2, maximum,
-    minimum, popcount, round, rsqrt, sigmoid, sign, sin, sqrt, tanh, trunc, where,
+    abs,
+    ceil,
+    clz,
+    concat,
+    cos,
+    erf,
+    exact,
+    exp,
+    exp2,
+    extent,
+    floor,
+    index,
+    isfinite,
+    isinf,
+    isnan,
+    iterate,
+    log,
+    log1p,
+    log2,
+    maximum,
+    minimum,
+    popcount,
+    round,
+    rsqrt,
+    sigmoid,
+    sign,
+    sin,
+    sqrt,
+    tanh,
+    trunc,
+    where,
 )  # fmt: skip
 from .trace_graph import Graph, Leaf, Loop, Node, Result, Source, State, View
 from .trace_names import NameRecorder, called
@@ -79,7 +108,8 @@ def _results(returned: object, graph: Graph) -> tuple[tuple[Value, ...], bool]:
     for item in items:
         if not isinstance(item, Value):
             found = "None" if item is None else f"{type(item).__name__} {item!r}"
-            hint = "return the value: did the last line forget `return`?" if item is None else "return traced values: one, or a tuple of them"
+            forgotten = "return the value: did the last line forget `return`?"
+            hint = forgotten if item is None else "return traced values: one, or a tuple of them"
             raise graph.error(f"{graph.name} returns {found}, which is no traced value", hint)
         if item.graph is not graph:
             raise graph.error(f"{graph.name} returns a value of another traced function", "pass it as an argument")

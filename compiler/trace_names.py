@@ -73,7 +73,8 @@ class NameRecorder:
 def _values(frame: FrameType, *, arguments: bool) -> dict[str, Value]:
     """The frame's variables that hold traced values, in the order of the code; those of enclosing functions left out."""
     code = frame.f_code
-    count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    count = code.co_argcount + code.co_kwonlyargcount + starred
     names = code.co_varnames[:count] if arguments else (*code.co_varnames, *code.co_cellvars)
     table = frame.f_locals
     return {name: table[name] for name in names if name in table and isinstance(table[name], Value) and not name.startswith((".", "_"))}

@@ -85,9 +85,8 @@ def read_signature(function: Callable[..., object], name: str, static: Mapping[s
     _check_names(dtypes, known, "dtypes", place)
     if not known:
         raise place.error("a traced function without a tensor argument", 'annotate one: X: "b m e"')
-    return Signature(
-        tuple(inputs), tuple(scalars), tuple(values), tuple(sizes), _results(signature.return_annotation, scope, place), tuple(signature.parameters)
-    )
+    results = _results(signature.return_annotation, scope, place)
+    return Signature(tuple(inputs), tuple(scalars), tuple(values), tuple(sizes), results, tuple(signature.parameters))
 
 
 def _check_names(given: Mapping[str, object], known: set[str], what: str, place: _Place) -> None:

@@ -2,7 +2,7 @@
 
 A reduction, scan, populate, scatter, concat or iterate is a statement. A map is one if a variable names it, or if it is used more than
 once; other maps are written into their consumer. Conditions and expressions that read no tensor are always written out, and so are
-affine views, which are only other coordinates; a table of exponentials or sines over indices is a map like any other.
+views of a tensor, which are only other coordinates; a table of exponentials or sines over indices is a map like any other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,25 @@ from ..ir import cascade as ir
 from ..ir.expr import OPS, Bitcast, Cast, Const, Expr, Index, Op, Read
 from ..ir.types import boolean
 from .trace_graph import (
-    Apply, Block, Concat, Convert, Graph, Leaf, Loop, Node, Populate, Reduce, Result, Scan, Scatter, Source, State, Step, View, What, operands,
+    Apply,
+    Block,
+    Concat,
+    Convert,
+    Graph,
+    Leaf,
+    Loop,
+    Node,
+    Populate,
+    Reduce,
+    Result,
+    Scan,
+    Scatter,
+    Source,
+    State,
+    Step,
+    View,
+    What,
+    operands,
 )  # fmt: skip
 
 RESERVED = frozenset({"inf", "nan", "true", "false"})
@@ -46,8 +64,9 @@ class Selection:
         self._reach()
         filled = {n.what.x for n in self.reachable if isinstance(n.what, View) and n.what.fill is not None}
         for node in self.reachable:
-            self.tensors[node] = isinstance(node.what, (Source, State, Result, *_ALWAYS)) or any(self.tensors[a] for a in operands(node.what))
-            self.special[node] = _is_special(node.what) or any(self.special[a] for a in operands(node.what) if a not in self.statements)
+            args = operands(node.what)
+            self.tensors[node] = isinstance(node.what, (Source, State, *_ALWAYS)) or any(self.tensors[a] for a in args)
+            self.special[node] = _is_special(node.what) or any(self.special[a] for a in args if a not in self.statements)
             if self._is_statement(node, filled):
                 self.statements.add(node)
             self.size[node] = 1 if node in self.statements else 1 + sum(self.size[a] for a in operands(node.what))
@@ -87,9 +106,9 @@ class Selection:
             return True
         if not self.tensors[node] and not self.special[node] and size <= _INDEX_SIZE:
             return False
-        if node.dtype == boolean and size <= _CONDITION_SIZE and not self._gathers(node):
+        if node.dtype == boolean and size <= _CONDITION_SIZE:
             return False
-        if isinstance(node.what, View) and self._is_tensor(node.what.x) and not self._gathers(node):
+        if isinstance(node.what, View) and self._is_tensor(node.what.x):
             return False
         if node in self.named and self.named[node][2]:
             return True
@@ -99,14 +118,6 @@ class Selection:
         if isinstance(node.what, View) and node not in self.statements:
             return self._is_tensor(node.what.x)
         return node in self.statements or isinstance(node.what, (Source, State))
-
-    def _gathers(self, node: Node) -> bool:
-        """Whether `node`, as far as it is written out, reads a tensor at a tensor's value."""
-        if node in self.statements:
-            return False
-        if isinstance(node.what, View) and any(self.tensors[c] for _, c in node.what.coords):
-            return True
-        return any(self._gathers(arg) for arg in operands(node.what))
 
     def _only_renames(self, node: Node) -> bool:
         """Whether a view is a tensor under other ranks, so that a fill passes through it."""
@@ -292,7 +303,8 @@ def _name_states(
 def _name_the_rest(
     selection: Selection, in_order: list[Node], names: Names, given: dict[Node, str], states: dict[tuple[Block, str], str]
 ) -> None:
-    owners: list[tuple[str, Iterable[Node]]] = [(given[n], operands(n.what)) for n in in_order if n in given and not isinstance(n.what, Result)]
+    owners: list[tuple[str, Iterable[Node]]] = []
+    owners += [(given[n], operands(n.what)) for n in in_order if n in given and not isinstance(n.what, Result)]
     for node in selection.reachable:
         if isinstance(node.what, Loop):
             block = node.what.block

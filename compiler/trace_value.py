@@ -18,7 +18,22 @@ from ..ir.expr import Const, Expr, Extent, Index, Op
 from ..ir.types import DType, boolean, f32
 from ..ir.types import dtype as dtype_named
 from .trace_graph import (
-    Apply, Convert, Graph, Leaf, Node, Populate, Reduce, Result, Scan, Scatter, Step, View, joint_ranks, ordered, size_expression,
+    Apply,
+    Convert,
+    Graph,
+    Leaf,
+    Node,
+    Populate,
+    Reduce,
+    Result,
+    Scan,
+    Scatter,
+    Step,
+    View,
+    joint_ranks,
+    operands,
+    ordered,
+    size_expression,
     user_location,
 )  # fmt: skip
 
@@ -92,7 +107,7 @@ class Value:
 
     # --- what a symbolic value cannot do -----------------------------------------------------------------------------------------
     def __bool__(self) -> bool:
-        self._refuse("a traced value has no truth value while it is traced", "ef.where(cond, a, b) or .where(cond); `and`, `or`, `not` are & | ~")
+        self._refuse("a traced value has no truth value", "ef.where(cond, a, b), or .where(cond); for `and`, `or`, `not` write & | ~")
 
     def __float__(self) -> float:
         self._refuse("float() of a traced value", "keep it symbolic; ef.exp, ef.sqrt and the others take the place of math's")
@@ -305,7 +320,8 @@ class Value:
             declare_size(self.graph, part, size)
         open_parts = [part for part in parts if not self.graph.knows(part)]
         if len(open_parts) > 1:
-            raise self.graph.error(f"split of {rank!r} leaves the sizes of {', '.join(open_parts)} open", f"give one, such as {parts[-1]}=32")
+            sizes_open = ", ".join(open_parts)
+            raise self.graph.error(f"split of {rank!r} leaves the sizes of {sizes_open} open", f"give one, such as {parts[-1]}=32")
         self.graph.declare(rank, product([Extent(part) for part in parts]))
         position = lift_index(self.graph, parts[0])
         for part in parts[1:]:
@@ -341,8 +357,10 @@ class Value:
         here, held = inside(self), inside(lift(condition, self.graph))
         if held.dtype != boolean:
             raise self.graph.error(f"where needs a bool condition, found {held.dtype}", "compare: x.where(mask != 0)")
-        both = (*here.where_, *held.where_, *_conjuncts(held.node))
-        return Value(here.node, tuple(dict.fromkeys(both)), self.graph)
+        both = tuple(dict.fromkeys((*here.where_, *held.where_, *_conjuncts(held.node))))
+        if _gathers(here.node):  # a gathered index may be out of range where the condition is false: nothing may read there
+            return Value(stored(Value(here.node, both, self.graph)), both, self.graph)
+        return Value(here.node, both, self.graph)
 
     def to(self, dtype: object) -> Value:
         """Converted to `dtype`: a rounding point that no rewrite removes."""
@@ -353,7 +371,8 @@ class Value:
         """The same bits read as `dtype`, of the same size."""
         here, wanted = inside(self), type_named(dtype, self.graph)
         if here.dtype.bits != wanted.bits:
-            raise self.graph.error(f"bitcast of {here.dtype} ({here.dtype.bits} bits) to {wanted} ({wanted.bits} bits)", "types of one size")
+            found = f"{here.dtype} ({here.dtype.bits} bits) to {wanted} ({wanted.bits} bits)"
+            raise self.graph.error(f"bitcast of {found}", "types of one size")
         return here._derive(Convert(here.node, wanted, True), here.where_)
 
 
@@ -418,7 +437,7 @@ def inside(value: Value) -> Value:
         stray = node.blocks - set(graph.blocks)
         if stray:
             rank = next(iter(stray)).rank
-            raise graph.error(f"a value of the iterate block over {rank!r} is used outside of it", "make it a state and use the final value")
+            raise graph.error(f"a value of the iterate block over {rank!r} is used outside of it", "make it a state; use its final value")
     for block in graph.blocks:
         if any(block.rank in node.ranks for node in (value.node, *value.where_)):
             value = value._view(((block.rank, graph.node(Step(block))),), None)
@@ -521,6 +540,17 @@ def _zero(dtype: DType) -> Const:
     return Const(0.0) if dtype.is_float else Const(False) if dtype == boolean else Const(0)
 
 
+def _gathers(node: Node) -> bool:
+    """Whether a map reads a tensor at another tensor's value."""
+    match node.what:
+        case View(x=x, coords=coords):
+            return any(not _affine(c) for _, c in coords) or _gathers(x)
+        case Apply() | Convert():
+            return any(_gathers(arg) for arg in operands(node.what))
+        case _:
+            return False
+
+
 def _may_leave(node: Node) -> bool:
     """Whether a coordinate moves with an index so that it may leave the tensor; see `Value.at`."""
     match node.what:
@@ -536,7 +566,7 @@ def _affine(node: Node) -> bool:
     match node.what:
         case Leaf() | Step():
             return True
-        case Apply(args=args):
-            return all(_affine(a) for a in args)
+        case Apply() | Convert() | View():
+            return all(_affine(a) for a in operands(node.what))
         case _:
             return False

@@ -5,9 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .cascade import Axis, Cascade, Concat, Einsum, Iterate, Output, Populate, RankDecl, ScalarDecl, Scan, Scatter, Statement, Tensor, defined
+from .cascade import (
+    Axis,
+    Cascade,
+    Concat,
+    Einsum,
+    Iterate,
+    Output,
+    Populate,
+    RankDecl,
+    ScalarDecl,
+    Scan,
+    Scatter,
+    Statement,
+    Tensor,
+    defined,
+)  # fmt: skip
 from .expr import (
-    OPS, Bitcast, Cast, Const, Count, Expr, Extent, Index, Masked, Op, Read, Scalar, Seen, Start, Tile, walk,
+    OPS,
+    Bitcast,
+    Cast,
+    Const,
+    Count,
+    Expr,
+    Extent,
+    Index,
+    Masked,
+    Op,
+    Read,
+    Scalar,
+    Seen,
+    Start,
+    Tile,
+    walk,
 )  # fmt: skip
 from .tile import Dot, Loop, LoopState, Map, Node, Reduce, Store, TileProgram
 from .types import f32
