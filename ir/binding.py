@@ -54,7 +54,12 @@ def bind_sizes(cascade: Cascade, tensors: Mapping[str, torch.Tensor], *, dtype: 
         if name not in names:
             raise BindingError(f"'{name}' is no input", cascade=cascade.name, hint=f"the inputs are {', '.join(names) or '(none)'}")
     _check_device(cascade, tensors)
-    return _Solver(cascade, {name: tuple(tensors[name].shape) for name in names}).solve()
+    return solve_extents(cascade, {name: tuple(tensors[name].shape) for name in names})
+
+
+def solve_extents(cascade: Cascade, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The extent of every rank from the shapes of all inputs alone. Raises `BindingError` as `bind_sizes` does."""
+    return _Solver(cascade, shapes).solve()
 
 
 def declare(tensor: Tensor) -> str:
