@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -58,14 +58,18 @@ _Tree: TypeAlias = "Tree[Token]"
 _BINARY = {info.symbol: name for name, info in OPS.items() if info.symbol and info.arity == 2}
 _PREFIX = {info.symbol: name for name, info in OPS.items() if info.symbol and info.arity == 1}
 _LITERALS = {"inf": math.inf, "nan": math.nan, "true": True, "false": False}
+_LEAVES: dict[str, Callable[[str], Expr]] = {
+    "index": Index, "extent": Extent, "tile": Tile, "start": Start, "count": Count, "seen": Seen,
+}  # fmt: skip
 _REDUCTION_WORDS = ("sum", "prod", "max", "min", "any", "all", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin")
 _OPERAND = frozenset({"NAME", "INT", "FLOAT", "LPAR", "MINUS", "NOT"})
 _OPERATOR = frozenset({"OR", "XOR", "AND", "COMPARE", "SHIFT", "ADD", "MUL", "POW"})
 _WORDS = {
-    "NAME": "a name", "INT": "a whole number", "FLOAT": "a number", "_NL": "the end of the line", "NOTE": "", "_INDENT": "an indented line",
-    "_DEDENT": "the end of the block", "REDUCE": "a reduction", "SCAN": "a scan", "POPULATE": "topk, sort, threshold or mass",
-    "SCATTER": "scatter", "CONCAT": "concat", "DOT": "dot", "RANK": "`rank`", "ITERATE": "`iterate`", "UNTIL": "`until`", "GRID": "`grid`", "RESIDENT": "`resident`",
-    "STORE": "`store`", "STATE": "`state`", "FOR": "`for`", "$END": "the end of the text",
+    "NAME": "a name", "INT": "a whole number", "FLOAT": "a number", "NOTE": "", "$END": "the end of the text",
+    "_NL": "the end of the line", "_INDENT": "an indented line", "_DEDENT": "the end of the block",
+    "REDUCE": "a reduction", "SCAN": "a scan", "POPULATE": "topk, sort, threshold or mass", "SCATTER": "scatter", "CONCAT": "concat",
+    "DOT": "dot", "RANK": "`rank`", "ITERATE": "`iterate`", "UNTIL": "`until`", "GRID": "`grid`", "RESIDENT": "`resident`",
+    "STORE": "`store`", "STATE": "`state`", "FOR": "`for`",
 }  # fmt: skip
 
 
@@ -273,10 +277,9 @@ class _Builder:
     def _call(self, tree: _Tree, size: bool) -> Expr:
         token, *args = tree.children
         name = str(token)
-        if name in ("index", "extent", "tile", "start", "count", "seen"):
+        if name in _LEAVES:
             self._arity(tree, name, 1)
-            leaf = {"index": Index, "extent": Extent, "tile": Tile, "start": Start, "count": Count, "seen": Seen}[name]
-            return leaf(self._bare(args[0], f"{name} takes the name of a {'tile' if name == 'tile' else 'rank'}"))
+            return _LEAVES[name](self._bare(args[0], f"{name} takes the name of a {'tile' if name == 'tile' else 'rank'}"))
         if name == "bits":
             self._arity(tree, name, 2)
             self._bare(args[1], "bits takes a value and a type")
@@ -295,7 +298,7 @@ class _Builder:
     def _operation(self, tree: _Tree, name: str, size: bool) -> Expr:
         if name in _REDUCTION_WORDS:
             raise self.source.error(
-                tree, f"'{name}' inside an expression", "a reduction binds the rest of its line: give it a statement of its own before this one"
+                tree, f"'{name}' inside an expression", "a reduction binds the rest of its line: give it a statement of its own"
             )
         info = OPS.get(name)
         if info is None or info.symbol:
@@ -382,13 +385,16 @@ class _Builder:
         rank, given, parts = str(children[2]), children[3], children[4:]
         pieces = self.pieces.get(rank) if given is None else _strings(given.children[0])
         if pieces is None:
-            raise self.source.error(tree, f"the pieces of rank '{rank}' are not declared", f"rank {rank} = s + t, with the rank of each part")
+            hint = f"rank {rank} = s + t, with the rank of each part"
+            raise self.source.error(tree, f"the pieces of rank '{rank}' are not declared", hint)
         if len(pieces) != len(parts):
             raise self.source.error(tree, f"rank '{rank}' has the pieces {', '.join(pieces)}, found {len(parts)} parts")
         return Concat(name, ranks, rank, tuple((piece, self.expr(x)) for piece, x in zip(pieces, parts, strict=True)), place)
 
     def _iterate(self, children: list[Any], place: Location) -> Iterate:
-        states, body, until = [], [], None
+        states: list[IterState] = []
+        body: list[Statement] = []
+        until: Expr | None = None
         for line in children[2:]:
             if line.data == "state":
                 if body:
@@ -508,7 +514,7 @@ def parse_cascade(text: str, file: str = "<text>") -> Cascade:
         ranks = tuple(builder.rank_line(line) for line in _where_data(lines, "rank_line"))
         body = tuple(builder.statement(line) for line in lines if line not in _where_data(lines, "rank_line"))
     except RecursionError:
-        raise CascadeError("an expression is nested too deeply", cascade=str(name), hint="name parts of it in statements of their own") from None
+        raise CascadeError("an expression is nested too deeply", cascade=str(name), hint="name parts of it in statements") from None
     except CascadeError as error:
         raise CascadeError(error.what, cascade=str(name), location=error.location, hint=error.hint) from None
     return Cascade(str(name), inputs, scalars, ranks, body, tuple(output for output, _ in outputs))

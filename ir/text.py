@@ -39,8 +39,8 @@ from .expr import (
     Tile,
     walk,
 )  # fmt: skip
-from .tile import Dot, Loop, LoopState, Map, Node, Reduce, Store, TileProgram
-from .types import f32
+from .tile import Dot, Loop, Map, Node, Reduce, Store, TileProgram
+from .types import DType, f32
 
 _UNARY, _POWER, _ATOM = 8, 9, 10
 _COMPARE = 4
@@ -236,7 +236,7 @@ def _where(where: Expr | None, style: _Style) -> str:
 
 def program_ranks(p: TileProgram) -> frozenset[str]:
     """Every name that is a rank somewhere in the program."""
-    found = {rank for t in (*p.inputs, *p.outputs) for rank in t.ranks}
+    found = {rank for t in p.inputs for rank in t.ranks} | {rank for out in p.outputs for rank in out.ranks}
     found |= {axis.rank for axis in p.grid} | set(p.resident)
     for declaration in p.ranks:
         found |= {declaration.name} | {node.rank for node in walk(declaration.size) if isinstance(node, Extent)}
@@ -283,14 +283,14 @@ def _nodes(nodes: Sequence[Node], indent: str, style: _Style) -> list[str]:
     return lines
 
 
-def _typed(node: Map | Reduce | LoopState, name: str) -> str:
-    return _left(name, node.ranks) + ("" if node.dtype == f32 else f": {node.dtype}")
+def _typed(name: str, ranks: Sequence[str], dtype: DType) -> str:
+    return _left(name, ranks) + ("" if dtype == f32 else f": {dtype}")
 
 
 def _node_left(node: Node, style: _Style) -> str:
     match node:
-        case Map(dst=dst) | Reduce(dst=dst):
-            return _typed(node, dst)
+        case Map(dst=dst, ranks=ranks, dtype=dtype) | Reduce(dst=dst, ranks=ranks, dtype=dtype):
+            return _typed(dst, ranks, dtype)
         case Dot(dst=dst, ranks=ranks):
             return _left(dst, ranks)
         case Store(tensor=tensor, coords=coords):
@@ -320,9 +320,9 @@ def _loop(loop: Loop, indent: str, style: _Style) -> list[str]:
     where = f" where {', '.join(_expr(c, style) for c in loop.conditions)}" if loop.conditions else ""
     bounds = (loop.bounds.begin, loop.bounds.whole_begin, loop.bounds.whole_end, loop.bounds.end)
     lines = [f"{indent}for {loop.rank} step {loop.tile}{where}", f"{inner}bounds {', '.join(_expr(b, style) for b in bounds)}"]
-    width = max((len(_typed(s, s.name)) for s in loop.states), default=0)
+    width = max((len(_typed(s.name, s.ranks, s.dtype)) for s in loop.states), default=0)
     for s in loop.states:
-        lines.append(f"{inner}state {_typed(s, s.name):<{width}} = {_expr(s.init, style)} then {_expr(s.next, style)}")
+        lines.append(f"{inner}state {_typed(s.name, s.ranks, s.dtype):<{width}} = {_expr(s.init, style)} then {_expr(s.next, style)}")
     return lines + _nodes(loop.body, inner, style)
 
 
