@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from einfall.compiler.analysis import input_ranks, pass_report, passes, phases, plan_passes, plan_reads
 from einfall.ir.cascade import Cascade, Einsum, Output, Scan, Tensor
+from einfall.ir.check import check_cascade
 from einfall.ir.errors import CascadeError
 from einfall.ir.expr import Const, Extent, Op, Read, aligned
 from einfall.ir.plan import Domain, KernelPlan, Plan, Stage
+from einfall.ir.reference import evaluate
 from einfall.ir.text import parse_cascade
 from einfall.ir.types import f32
 from hypothesis import given, settings
@@ -19,7 +22,24 @@ FUSEMAX = Path(__file__).parent / "fusemax"
 @pytest.mark.parametrize(("number", "rank", "published"), [(1, "k", 2), (2, "k", 1), (3, "i", 1), (4, "m", 3), (5, "(m1 m0)", 1)])
 def test_published_counts(number, rank, published):
     cascade = parse_cascade((FUSEMAX / f"cascade{number}.cascade").read_text())
+    check_cascade(cascade)
     assert passes(cascade, rank) == published
+
+
+def test_the_published_cascades_compute_the_same():
+    torch.manual_seed(0)
+
+    def value(number, **tensors):
+        c = parse_cascade((FUSEMAX / f"cascade{number}.cascade").read_text())
+        return next(iter(evaluate(c, tensors, dtype=torch.float64).values()))
+
+    a, b = torch.rand(7), torch.rand(7)
+    torch.testing.assert_close(value(1, A=a, B=b), value(2, A=a, B=b))
+    torch.testing.assert_close(value(1, A=a, B=b), (a.double() * b.double()).sum() * a.double().sum())
+    q, k, v = torch.randn(4, 3), torch.randn(4, 12), torch.randn(5, 12)
+    blocks = torch.nn.functional.softmax(k.double().T @ q.double(), dim=0)
+    torch.testing.assert_close(value(4, Q=q, K=k, V=v), v.double() @ blocks)
+    torch.testing.assert_close(value(5, Q=q, K=k, V=v), v.double() @ blocks)
 
 
 ATTENTION = """
@@ -88,12 +108,12 @@ def test_one_component_of_a_composed_rank_is_no_barrier_for_the_whole():
 
 
 def test_a_reduction_of_the_whole_composed_rank_is_a_barrier():
-    c = parse_cascade("cascade whole(X[(n j)]) -> Y[(n j)]\n  A = max(n, j) abs(X[n,j])\n  Y[n,j] = X[n,j] / A\n")
+    c = parse_cascade("cascade whole(X[(n j)]) -> Y[(n j)]\n  A[] = max(n, j) abs(X[n,j])\n  Y[n,j] = X[n,j] / A[]\n")
     assert passes(c, "(n j)") == 2
 
 
 def test_phases_count_dependent_reads_of_different_inputs():
-    c = parse_cascade("cascade two(A[p], B[p]) -> Z\n  Y = sum(p) A[p]\n  Z = sum(p) Y * B[p]\n")
+    c = parse_cascade("cascade two(A[p], B[p]) -> Z[]\n  Y[] = sum(p) A[p]\n  Z[] = sum(p) Y[] * B[p]\n")
     assert (passes(c, "p"), phases(c, "p")) == (1, 2)
 
 
@@ -115,7 +135,7 @@ def test_gather_after_top_k_is_a_partial_pass():
 
 
 def test_a_gathered_intermediate_must_be_complete():
-    c = parse_cascade("cascade g(X[p], T[p]) -> Y[p]\n  A[p] = exp(X[p])\n  Y[p] = A[T[p]] + X[p]\n")
+    c = parse_cascade("cascade g(X[p], T[p]: i32) -> Y[p]\n  A[p] = exp(X[p])\n  Y[p] = A[T[p]] + X[p]\n")
     assert passes(c, "p") == 2
 
 
@@ -128,7 +148,7 @@ def test_a_constant_coordinate_of_an_input_is_partial_and_no_barrier():
 
 
 def test_sort_and_scatter_are_barriers_even_along_the_same_rank():
-    scattered = parse_cascade("cascade s(X[p], T[p]) -> Y[p]\n  Z[p] = scatter(q at p = T[q]) X[q]\n  Y[p] = Z[p] + X[p]\n")
+    scattered = parse_cascade("cascade s(X[p], T[p]: i32) -> Y[p]\n  Z[p] = scatter(q at p = T[q]) X[q]\n  Y[p] = Z[p] + X[p]\n")
     assert passes(scattered, "p") == 2
     kept = parse_cascade("cascade s(X[p]) -> Y[s]\n  V[s], I[s] = sort(p -> s) X[p]\n  Y[s] = V[s] * X[I[s]]\n")
     assert passes(kept, "p") == 2
@@ -161,7 +181,7 @@ cascade shared_prefix(Q[b,e], A[s,e], B[b,t,e]) -> O[b]
 
 
 def test_a_shifted_extent_is_no_concatenation():
-    c = parse_cascade("cascade pad(X[m], Y[p]) -> Z[p]\n  rank p = m + 4\n  A = sum(m) X[m]\n  Z[p] = Y[p] * A\n")
+    c = parse_cascade("cascade pad(X[m], Y[p]) -> Z[p]\n  rank p = m + 4\n  A[] = sum(m) X[m]\n  Z[p] = Y[p] * A[]\n")
     assert [name for name, _ in pass_report(c).of("m").inputs] == ["X"]
     assert passes(c, "p") == 1
     assert phases(c, "p") == 1
@@ -171,9 +191,9 @@ POWER = """
 cascade power(A[n,k], X[n]) -> Y[n]
   rank i = 5
   iterate i
-    V[n] = X[n] then W[n] / L
+    V[n] = X[n] then W[n] / L[]
     W[n] = sum(k) A[n,k] * V[k]
-    L = sum(n) W[n] * W[n]
+    L[] = sum(n) W[n] * W[n]
   Y[n] = V[n] * 1.0
 """
 
@@ -190,13 +210,13 @@ def test_every_step_of_an_iteration_over_another_rank_repeats_its_passes():
 def test_a_step_that_stops_on_a_sum_waits_for_it():
     c = parse_cascade(
         """
-cascade descend(A[n], X) -> Y
+cascade descend(A[n], X[]) -> Y[]
   rank i = 3
   iterate i
-    V = X then V * 0.5
-    until R < 1.0
-    R = sum(n) A[n] * V
-  Y = V * 1.0
+    V[] = X[] then V[] * 0.5
+    R[] = sum(n) A[n] * V[]
+    until R[] < 1.0
+  Y[] = V[] * 1.0
 """
     )
     assert passes(c, "n") == 3
@@ -207,8 +227,8 @@ def test_final_states_and_steps_of_the_streamed_rank():
         """
 cascade running(X[i]) -> Y[i]
   iterate i
-    M = -inf then maximum(M, X[i])
-  Y[i] = X[i] - M
+    M[] = -inf then maximum(M[], X[i])
+  Y[i] = X[i] - M[]
 """
     )
     assert passes(c, "i") == 2

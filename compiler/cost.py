@@ -1,0 +1,357 @@
+"""What a cascade costs at the least: bytes, live intermediates, and the time a target's bandwidth and units allow.
+
+    complete_sizes    every rank's extent, as far as it follows from the given ones
+    minimal_traffic   bytes: each input once, each output once
+    live_footprint    bytes of the intermediates that must be held, given the passes
+    roofline          the larger of bytes / bandwidth and operations / peak, and which it is
+
+Operations are counted in `operations.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+from ..ir.cascade import Cascade, Concat, Iterate, Populate, Statement, Tensor, defined, expressions
+from ..ir.errors import CascadeError
+from ..ir.expr import Const, Expr, Extent, Index, Op, Read, index_ranks, reads, walk
+from ..ir.infer import declared_types
+from ..ir.plan import KernelPlan, Plan
+from ..ir.types import DType
+from ..schedules.target import Target
+from .analysis import fiber, trace_flow
+from .operations import Work, operations
+
+# sizes ------------------------------------------------------------------------------------------------------------------
+
+
+def complete_sizes(c: Cascade, sizes: Mapping[str, int]) -> dict[str, int]:
+    """`sizes` and every extent that follows: declared sizes, products with one unknown factor, top-k's slots, renamed ranks.
+
+    Raises `CascadeError` for a rank the cascade does not have, a size below 0, and a product that leaves a remainder.
+    """
+    known = c.all_ranks()
+    for rank, size in sizes.items():
+        if rank not in known:
+            raise CascadeError(f"unknown rank {rank!r} among the sizes", cascade=c.name, hint="the ranks are " + ", ".join(known))
+        if size < 0:
+            raise CascadeError(f"rank {rank} is given the size {size}", cascade=c.name, hint="a size is 0 or more")
+    result = dict(sizes)
+    before = -1
+    while len(result) > before:
+        before = len(result)
+        result = c.solve_sizes(result)
+        for declaration in c.ranks:
+            _solve_part(c, declaration.name, declaration.size, result)
+        for s in _statements(c.body):
+            _learn(c, s, result)
+    return {rank: result[rank] for rank in (*known, *result) if rank in result}
+
+
+def missing_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The ranks whose extent does not follow from `sizes`, in order of first appearance."""
+    known = complete_sizes(c, sizes)
+    return tuple(rank for rank in c.all_ranks() if rank not in known)
+
+
+def _solve_part(c: Cascade, rank: str, size: Expr, known: dict[str, int]) -> None:
+    """The one unknown factor or piece of `rank`, if it follows."""
+    if rank not in known or not isinstance(size, Op) or size.name not in ("mul", "add"):
+        return
+    leaves = [node for node in walk(size) if isinstance(node, (Extent, Const))]
+    unknown = [leaf.rank for leaf in leaves if isinstance(leaf, Extent) and leaf.rank not in known]
+    if len(unknown) != 1:
+        return
+    others = [int(leaf.value) if isinstance(leaf, Const) else known[leaf.rank] for leaf in leaves if leaf != Extent(unknown[0])]
+    if size.name == "add":
+        known[unknown[0]] = max(known[rank] - sum(others), 0)
+    elif prod(others):
+        if known[rank] % prod(others):
+            raise CascadeError(
+                f"{rank} = {known[rank]} leaves a remainder when split by {prod(others)}",
+                cascade=c.name,
+                hint=f"a multiple of {prod(others)}",
+            )
+        known[unknown[0]] = known[rank] // prod(others)
+
+
+def _statements(body: tuple[Statement, ...]) -> Iterator[Statement]:
+    for s in body:
+        yield s
+        if isinstance(s, Iterate):
+            yield from _statements(s.body)
+
+
+def _learn(c: Cascade, s: Statement, known: dict[str, int]) -> None:
+    """The ranks a statement makes, and those that merely rename a tensor's."""
+    if isinstance(s, Populate) and s.into not in known:
+        if s.rule == "topk":
+            if isinstance(s.parameter, Const):
+                known[s.into] = int(s.parameter.value)
+        elif s.over in known:
+            known[s.into] = known[s.over]
+    if isinstance(s, Concat) and all(piece in known for piece, _ in s.parts):
+        known.setdefault(s.rank, sum(known[piece] for piece, _ in s.parts))
+    table = c.tensor_ranks()
+    for e in expressions(s):
+        for read in reads(e):
+            for x, rank in zip(read.coords, table[read.tensor], strict=True):
+                if isinstance(x, Index) and rank in known and read.fill is None:
+                    known.setdefault(x.rank, known[rank])
+
+
+# traffic ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorTraffic:
+    """Bytes of one input or output that must move; `partial` where only gathered elements of it are read."""
+
+    tensor: str
+    direction: str
+    bytes: int
+    partial: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {"tensor": self.tensor, "direction": self.direction, "bytes": self.bytes, "partial": self.partial}
+
+
+def tensor_bytes(ranks: tuple[str, ...], dtype: DType, sizes: Mapping[str, int]) -> int:
+    """Bytes of a tensor in memory; four-bit types lie packed, two to a byte."""
+    return ceil(prod(sizes[r] for r in ranks) * dtype.bits / 8)
+
+
+def minimal_traffic(c: Cascade, sizes: Mapping[str, int]) -> tuple[TensorTraffic, ...]:
+    """The bytes that must move: each used input once, each output once. `sizes` must give every rank.
+
+    Of an input that is only gathered from, or read at constants, no more counts than the largest number of places a statement names.
+    """
+    types = declared_types(c)
+    moved = []
+    for t in c.inputs:
+        found = [r for s in _statements(c.body) for e in expressions(s) for r in reads(e) if r.tensor == t.name]
+        if not found:
+            continue
+        whole = prod(sizes[r] for r in t.ranks)
+        touched = min(whole, max(_touched(t, read, sizes) for read in found))
+        moved.append(TensorTraffic(t.name, "in", ceil(touched * t.dtype.bits / 8), touched < whole))
+    for o in c.outputs:
+        moved.append(TensorTraffic(o.name, "out", tensor_bytes(o.ranks, types[o.name], sizes)))
+    return tuple(moved)
+
+
+def _touched(t: Tensor, read: Read, sizes: Mapping[str, int]) -> int:
+    """How many elements of `t` a read can name: each index counts once, whatever number of coordinates mention it."""
+    own = {rank for x, rank in zip(read.coords, t.ranks, strict=True) if x == Index(rank)}
+    other = [rank for rank in t.ranks if rank not in own]
+    indices = {i for x in read.coords for i in index_ranks(x)} - own
+    return prod(sizes[r] for r in own) * min(prod(sizes[r] for r in other), prod(sizes[r] for r in indices))
+
+
+def kernel_traffic(plan: Plan, sizes: Mapping[str, int]) -> tuple[tuple[TensorTraffic, ...], ...]:
+    """For each kernel of a plan the bytes that it moves at the least: an input once for every stream that needs it, an output once."""
+    types = declared_types(plan.cascade)
+    table = plan.cascade.tensor_ranks()
+    moved = []
+    for kernel in plan.kernels:
+        found = []
+        for name in kernel.inputs:
+            times = _streams_reading(plan, kernel, name) if kernel.stream in table[name] else 1
+            found.append(TensorTraffic(name, "in", times * tensor_bytes(table[name], types[name], sizes)))
+        found += [TensorTraffic(name, "out", tensor_bytes(table[name], types[name], sizes)) for name in kernel.outputs]
+        moved.append(tuple(found))
+    return tuple(moved)
+
+
+def _streams_reading(plan: Plan, kernel: KernelPlan, tensor: str) -> int:
+    """In how many of a kernel's streams, its stages and the one that stores, `tensor` is needed."""
+    streamed = {r.out for stage in kernel.stages for r in stage.reductions}
+    owners = {name: s for s in plan.cascade.body for name, _ in defined(s)}
+
+    def needs(pending: list[Expr]) -> bool:
+        seen: set[str] = set()
+        while pending:
+            for read in reads(pending.pop()):
+                if read.tensor == tensor:
+                    return True
+                if read.tensor not in seen and read.tensor not in streamed and read.tensor not in kernel.inputs and read.tensor in owners:
+                    seen.add(read.tensor)
+                    pending.extend(expressions(owners[read.tensor]))
+        return False
+
+    times = sum(needs([e for r in stage.reductions for e in expressions(r)]) for stage in kernel.stages)
+    last = [e for name in kernel.outputs if name not in streamed and name in owners for e in expressions(owners[name])]
+    return max(times + needs(last), 1)
+
+
+# footprint --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The slice of an intermediate that must be held: `whole` are the ranks held over their full extent, of the others one element."""
+
+    tensor: str
+    ranks: tuple[str, ...]
+    whole: tuple[str, ...]
+    bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {"tensor": self.tensor, "ranks": list(self.ranks), "whole": list(self.whole), "bytes": self.bytes}
+
+
+def live_footprint(c: Cascade, sizes: Mapping[str, int] | None = None) -> tuple[Live, ...]:
+    """For each intermediate the smallest slice that is live between its producer and its last consumer (FuseMax, section III).
+
+    Rank by rank: an intermediate is held whole along a rank if a consumer reads it in a later traversal of that rank than the one that
+    produces it, or elsewhere than at its own index; else one element at a time flows from producer to consumer. It says what a machine
+    must hold if it neither reads an input again nor recomputes, for the best order of the ranks, each rank taken by itself; the
+    accumulators that a particular loop order needs come on top. Without all sizes the bytes are None.
+    """
+    types = declared_types(c)
+    inputs = frozenset(t.name for t in c.inputs)
+    table = c.tensor_ranks()
+    intermediates = [name for s in _statements(c.body) for name, _ in defined(s)]
+    whole: dict[str, list[str]] = {name: [] for name in intermediates}
+    for rank in c.all_ranks():
+        flow = trace_flow(c, fiber(c, rank), inputs, every_source=True)
+        starts: dict[str, int] = {}
+        for step in flow.steps:
+            starts[step.statement] = max(starts.get(step.statement, 0), step.effect.done)
+        for consumer, e in _consumers(c.body):
+            for read in reads(e):
+                if read.tensor not in whole or rank not in table[read.tensor] or rank in whole[read.tensor]:
+                    continue
+                effect = flow.effect(read.tensor)
+                later = starts.get(consumer, 0) > effect.done and bool(effect.roots)
+                if later or flow.read(read).done > effect.done:
+                    whole[read.tensor].append(rank)
+    live = []
+    used = {r.tensor for _, e in _consumers(c.body) for r in reads(e)}
+    for name in dict.fromkeys(intermediates):
+        if name not in used:
+            continue
+        held = tuple(r for r in table[name] if r in whole[name])
+        known = sizes is not None and all(r in sizes for r in held)
+        live.append(Live(name, table[name], held, tensor_bytes(held, types[name], sizes) if known and sizes is not None else None))
+    return tuple(live)
+
+
+def _consumers(body: tuple[Statement, ...]) -> Iterator[tuple[str, Expr]]:
+    """Every expression with the name under which the analysis lists its statement."""
+    for s in body:
+        if isinstance(s, Iterate):
+            yield from _consumers(s.body)
+            for state in s.states:
+                yield state.name, state.init
+                yield state.name, state.next
+        else:
+            for e in expressions(s):
+                yield defined(s)[0][0], e
+
+
+# roofline ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class UnitTime:
+    """The time one unit needs for its operations of one type, and the type they run in."""
+
+    unit: str
+    does: str
+    pipe: str
+    dtype: str
+    runs_as: str
+    operations: int
+    time_us: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "unit": self.unit, "does": self.does, "pipe": self.pipe, "dtype": self.dtype, "runs_as": self.runs_as,
+            "operations": self.operations, "time_us": self.time_us,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """The least time on a target: the slowest of the memory and the pipes, which overlap; units of one pipe take turns."""
+
+    time_us: float
+    bound_by: str
+    memory_us: float
+    bytes: int
+    units: tuple[UnitTime, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {
+            "time_us": self.time_us, "bound_by": self.bound_by, "memory_us": self.memory_us, "bytes": self.bytes,
+            "units": [u.to_dict() for u in self.units],
+        }  # fmt: skip
+
+
+def roofline(bytes_moved: int, work: tuple[Work, ...], target: Target) -> Roofline:
+    """The larger of bytes / bandwidth and, pipe by pipe, operations / peak. Raises `UnsupportedError` for a type no unit can take."""
+    memory_us = bytes_moved / target.memory.bandwidth * 1e6
+    totals: dict[tuple[Any, DType], int] = {}
+    for w in work:
+        totals[w.unit, w.dtype] = totals.get((w.unit, w.dtype), 0) + w.operations
+    units = []
+    for (does, dtype), count in totals.items():
+        unit, runs_as, rate = target.peak(does, dtype)
+        units.append(UnitTime(unit.name, does, unit.pipe, dtype.name, runs_as, count, count / rate * 1e6))
+    pipes: dict[str, float] = {}
+    for u in units:
+        pipes[u.pipe] = pipes.get(u.pipe, 0.0) + u.time_us
+    slowest = max(pipes, key=lambda p: pipes[p], default=None)
+    if slowest is None or pipes[slowest] <= memory_us:
+        return Roofline(memory_us, "memory", memory_us, bytes_moved, tuple(units))
+    largest = max((u for u in units if u.pipe == slowest), key=lambda u: u.time_us)
+    return Roofline(pipes[slowest], f"{largest.does} operations ({largest.unit}, {largest.runs_as})", memory_us, bytes_moved, tuple(units))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Everything above for one cascade, one set of sizes and one target."""
+
+    sizes: tuple[tuple[str, int], ...]
+    traffic: tuple[TensorTraffic, ...]
+    work: tuple[Work, ...]
+    footprint: tuple[Live, ...]
+    roofline: Roofline
+
+    @property
+    def traffic_bytes(self) -> int:
+        return sum(t.bytes for t in self.traffic)
+
+    @property
+    def flops(self) -> int:
+        """Operations of all units together."""
+        return sum(w.operations for w in self.work)
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.flops / self.traffic_bytes if self.traffic_bytes else 0.0
+
+
+def cost(c: Cascade, sizes: Mapping[str, int], target: Target) -> Cost:
+    """The cost of `c` at `sizes` on `target`. Raises `CascadeError` naming the ranks whose size is missing."""
+    missing = missing_sizes(c, sizes)
+    if missing:
+        raise CascadeError(f"the size of {', '.join(missing)} is not known", cascade=c.name, hint=f"give it: {dims(missing)}")
+    known = complete_sizes(c, sizes)
+    traffic = minimal_traffic(c, known)
+    work = operations(c, known)
+    return Cost(tuple(known.items()), traffic, work, live_footprint(c, known), roofline(sum(t.bytes for t in traffic), work, target))
+
+
+def dims(ranks: tuple[str, ...]) -> str:
+    """The option that would give those sizes: `--dims m=...,p=...`."""
+    return "--dims " + ",".join(f"{rank}=..." for rank in ranks)
