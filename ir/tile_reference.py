@@ -1,8 +1,9 @@
 """The meaning of a tile program: an interpreter that runs tasks and tiles one after the other, as an emitter's code would.
 
-It is strict where emitters go wrong. Lanes outside an extent read as *garbage* (NaN unless told otherwise), except along the
-stream, where an edge tile reads at indices clamped to the loop's bounds; a reduction that is not guarded by `Masked` therefore shows; in a tile that the loop's bounds declare wholly inside the domain `Masked` does nothing, so wrong
-bounds show; outputs are poisoned, so elements that no task stores show; an element that two tasks store is an error.
+It is strict where emitters go wrong. Lanes outside an extent read as *garbage* (NaN unless told otherwise), except along the stream,
+where an edge tile reads at indices clamped to the loop's bounds: a reduction that `Masked` does not guard shows either way. In a tile
+that the bounds declare wholly inside the domain `Masked` does nothing, so wrong bounds show. Outputs are poisoned, so elements that no
+task stores show; an element that two tasks store is an error.
 
 Floats are computed in `dtype` and rounded only by casts, by the declared type of a tile or an output, and by `Dot.dtype`; with float64
 only explicit casts to fewer than 32 bits round, so that the algorithm alone is compared with the reference.

@@ -202,12 +202,31 @@ def test_wrong_bounds_show():
 
 
 def test_an_unguarded_reduction_shows():
-    x = rows(2, 5)
-    assert np.isnan(run_program(logsumexp(4, guard=False), {"X": x.numpy()})["L"]).all()
-    assert np.isfinite(run_program(logsumexp(5, guard=False), {"X": x.numpy()})["L"]).all()
-    clamped = run_program(logsumexp(4, guard=False), {"X": x.numpy()}, garbage=None, dtype=np.float64)["L"]
-    padded = torch.cat([x, x[:, -1:].expand(2, 3)], 1).double()
-    np.testing.assert_allclose(clamped, torch.logsumexp(padded, -1).numpy(), rtol=1e-12)
+    x = rows(2, 5).double()
+    whole = run_program(logsumexp(5, guard=False), {"X": x.numpy()}, dtype=np.float64)["L"]
+    np.testing.assert_allclose(whole, torch.logsumexp(x, -1).numpy(), rtol=1e-12)
+    edge = run_program(logsumexp(4, guard=False), {"X": x.numpy()}, dtype=np.float64)["L"]
+    clamped = torch.cat([x, x[:, -1:].expand(2, 3)], 1)
+    np.testing.assert_allclose(edge, torch.logsumexp(clamped, -1).numpy(), rtol=1e-12)
+
+
+def test_lanes_of_the_grid_outside_an_extent_are_garbage():
+    body = (Reduce("s", (), "sum", ("m",), at("X m")), Store("O", (op("floordiv", Start("m"), 4),), t("s")))
+    p = program(["X: m"], ["O: n"], {"m": 4}, (), body, ranks={"n": 2})
+    x = np.arange(6.0)
+    assert np.array_equal(run_program(p, {"X": x})["O"], [6, np.nan], equal_nan=True)
+    assert run_program(p, {"X": x}, garbage=100.0)["O"].tolist() == [6, 209]
+    assert run_program(p, {"X": x}, garbage=None)["O"].tolist() == [6, 19]
+
+
+def test_an_edge_tile_reads_nothing_outside_the_bounds_of_its_loop():
+    x = torch.tensor([[INF, 1.0, 2.0, 3.0, INF, INF], [INF, 4.0, 5.0, 6.0, INF, INF]])
+    guarded = Bounds(Const(1), Const(1), Const(4), Const(4))
+    conditions = (op("ge", Index("p"), 1), op("lt", Index("p"), 4))
+    step = Dot("o2", ("m",), ("p",), masked(at("W p"), 0.0), at("X m p"), update=t("o"))
+    loop = Loop("p", 4, conditions, guarded, (LoopState("o", ("m",), Const(0.0), t("o2")),), (step,))
+    p = program(["X: m p", "W: p"], ["O: m"], {"m": 2}, (), (loop, Store("O", (Index("m"),), t("o"))))
+    assert run_program(p, {"X": x.numpy(), "W": np.ones(6)})["O"].tolist() == [6, 15]
 
 
 def test_elements_that_nothing_stores_show():
