@@ -1,0 +1,49 @@
+"""The CPU through TVM: TVMScript with register tiles and imported LLVM helpers. TVM itself is imported when a kernel is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...ir.tile import TileProgram
+from ...schedules.schedule import Schedule
+from ...schedules.target import Target
+from ..base import Source
+from .build import TvmArtifact
+
+
+@dataclass(frozen=True, slots=True)
+class TvmCpu:
+    """The backend of CPU targets; see `backends.base.Backend`."""
+
+    def emit(self, program: TileProgram, schedule: Schedule, target: Target, *, strided: frozenset[str] = frozenset()) -> Source:
+        """The kernel as TVMScript. `strided` names tensors whose last axis has a stride other than 1."""
+        from .emit import emit
+
+        return emit(program, schedule, target, strided=strided)
+
+    def build(self, source: Source, target: Target) -> TvmArtifact:
+        """Compiles with TVM's LLVM."""
+        from .build import build
+
+        return build(source, target)
+
+    def restore(self, path: Path, target: Target) -> TvmArtifact:
+        """A saved shared library."""
+        from .build import restore
+
+        return restore(path, target)
+
+    def load(self, artifact: TvmArtifact) -> Callable[..., None]:
+        """The function, taking torch CPU tensors without copying."""
+        from .build import load
+
+        return load(artifact)
+
+    def facts(self, artifact: TvmArtifact) -> Mapping[str, Any]:
+        """Counts from the assembly."""
+        from .facts import facts
+
+        return facts(artifact)

@@ -1,0 +1,16 @@
+"""Which backend serves a target. Backends are loaded when asked for."""
+
+from __future__ import annotations
+
+from ..ir.errors import UnsupportedError
+from ..schedules.target import Target
+from .base import Backend
+
+
+def backend_for(target: Target) -> Backend:
+    """The backend that emits code for `target`. Raises `UnsupportedError` where there is none."""
+    if target.kind == "cpu":
+        from .tvm import TvmCpu
+
+        return TvmCpu()
+    raise UnsupportedError(f"no backend builds for {target.name}", hint="target cpu")

@@ -1,0 +1,223 @@
+"""Contractions as register tiles: vectors along one rank times broadcast elements, accumulated in registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...ir.expr import Expr, Read, Tile
+from ...ir.infer import expression_ranks
+from ...ir.tile import Dot
+from ...ir.types import f64
+from . import script as ts
+from .evaluate import Active, Point
+from .kernel import Kernel, Nest
+from .script import Alloc, Comment, For, Set, Statement, Value
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterTile:
+    """The register tile of one dot: `rows` elements of every other rank times `vectors` vectors along the lane."""
+
+    rows: tuple[tuple[str, int], ...]
+    lane: str | None
+    vectors: int
+    lanes: int
+    horizontal: bool
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*(n for _, n in self.rows if n > 1), self.vectors * self.lanes)
+
+    def width(self, rank: str) -> int:
+        """Elements of an output rank a register tile covers."""
+        if rank == self.lane:
+            return self.vectors * self.lanes
+        return dict(self.rows)[rank]
+
+
+def register_tile(kernel: Kernel, dot: Dot) -> RegisterTile:
+    """The schedule's register tile as data for the loops."""
+    chosen = kernel.dots[dot.dst]
+    sizes = dict(chosen.register)
+    lane = chosen.lane
+    lanes = kernel.cpu.lanes if lane is not None else 1
+    horizontal = lane in dot.over
+    rows = tuple((r, sizes.get(r, 1)) for r in dot.ranks if r != lane)
+    vectors = 1 if lane is None or horizontal else max(1, sizes.get(lane, lanes) // lanes)
+    return RegisterTile(rows, lane, vectors, lanes, horizontal, "float64" if dot.dtype == f64 else "float32")
+
+
+def is_paired(kernel: Kernel, dot: Dot) -> str | None:
+    """The contracted rank along which both operands are pairs of bf16, or None."""
+    ranks = []
+    for e in (dot.a, dot.b):
+        if isinstance(e, Tile):
+            ranks.append(kernel.buffers[e.name].paired)
+    paired = next((r for r in ranks if r is not None), None)
+    return paired if paired in dot.over else None
+
+
+def emit_dot(kernel: Kernel, dot: Dot, loops: tuple[Active, ...], out: list[Statement]) -> None:
+    """The loops of a contraction, appended to `out`."""
+    kernel.evaluator.statement = dot.dst
+    out.append(Comment(dot.note or f"{dot.dst}[{', '.join(dot.ranks)}] = dot({', '.join(dot.over)})"))
+    tile = register_tile(kernel, dot)
+    nest = _blocks(kernel, dot, tile, loops, out)
+    acc = kernel.names.fresh("acc")
+    nest.body.append(Alloc(acc, tile.shape, tile.dtype))
+    at_load = kernel.dots[dot.dst].update_at_load and dot.update is not None and not tile.horizontal
+    _each(kernel, tile, nest.point, nest.body, lambda at, target, body: body.append(Set(target, _first(kernel, dot, tile, at, at_load, body))), acc)
+    _contract(kernel, dot, tile, nest, acc)
+    update = None if at_load else dot.update
+    if tile.horizontal:
+        _write_horizontal(kernel, dot, tile, nest.point, nest.body, acc, update)
+    else:
+        _each(kernel, tile, nest.point, nest.body, lambda at, target, body: _write_back(kernel, dot, at, target, update, body), acc)
+
+
+def _blocks(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tuple[Active, ...], out: list[Statement]) -> Nest:
+    """Loops over register tiles: batch ranks, then the lane, then the rest, so that the vectors of one column stay in the cache."""
+    lane = None if tile.horizontal else tile.lane
+    nest = Nest(out, Point(local={}, lane=lane, lanes=tile.lanes if lane else 1, loops=loops))
+    both = set(expression_ranks(dot.a, kernel.ranks)) & set(expression_ranks(dot.b, kernel.ranks))
+    order = sorted(dot.ranks, key=lambda r: (r not in both, r != lane))
+    for rank in order:
+        width = tile.width(rank)
+        exact = width == 1 and kernel.is_exact(rank, loops)
+        nest.loop(kernel.names, rank, ts.ceil_div(kernel.trip(rank, loops), width), step=width, prefix="b", exact=exact)
+    return nest
+
+
+def _rows(kernel: Kernel, tile: RegisterTile, at: Point, out: list[Statement]) -> tuple[Point, list[Value], list[Statement]]:
+    """Unrolled loops over the rows of the register tile; the point and index within it."""
+    index: list[Value] = []
+    for rank, n in tile.rows:
+        if n == 1:
+            continue
+        c = ts.name(kernel.names.fresh("c", rank))
+        inner: list[Statement] = []
+        out.append(For(c.text, ts.integer(0), ts.integer(n), "T.unroll", inner))
+        out = inner
+        at = replace(at, local={**at.local, rank: ts.add(at.local[rank], c)}, exact=at.exact - {rank})
+        index.append(c)
+    return at, index, out
+
+
+def _each(kernel: Kernel, tile: RegisterTile, at: Point, out: list[Statement], visit: object, acc: str) -> None:
+    """Calls `visit(point, accumulator, body)` inside unrolled loops over the register tile."""
+    at, index, out = _rows(kernel, tile, at, out)
+    if tile.vectors > 1:
+        c = ts.name(kernel.names.fresh("cv"))
+        inner: list[Statement] = []
+        out.append(For(c.text, ts.integer(0), ts.integer(tile.vectors), "T.unroll", inner))
+        out = inner
+        along = ts.mul(c, ts.integer(tile.lanes))
+        at = replace(at, local={**at.local, str(tile.lane): ts.add(at.local[str(tile.lane)], along)})
+        last = along
+    else:
+        last = ts.integer(0)
+    text = ", ".join(i.text for i in (*index, ts.ramp(last, tile.lanes)))
+    visit(at, Value(f"{acc}[{text}]", tile.dtype, tile.lanes), out)  # type: ignore[operator]
+
+
+def _first(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, at_load: bool, out: list[Statement]) -> Value:
+    zero = ts.broadcast(ts.constant(0, tile.dtype), tile.lanes) if tile.lanes > 1 else ts.constant(0, tile.dtype)
+    if not at_load:
+        return zero
+    assert dot.update is not None
+    v = kernel.evaluator.cast(kernel.evaluator.value(dot.update, at, out), tile.dtype)
+    return ts.broadcast(v, tile.lanes) if tile.lanes > 1 else v
+
+
+def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str) -> None:
+    """The loops over the contracted ranks around the multiply-adds."""
+    paired = is_paired(kernel, dot)
+    loops = nest.point.loops
+    inner = Nest(nest.body, nest.point)
+    for rank in dot.over:
+        if rank == tile.lane:
+            continue
+        count = kernel.trip(rank, loops)
+        if rank == paired:
+            inner.loop(kernel.names, rank, ts.ceil_div(count, 2), step=2, prefix="k")
+        else:
+            inner.loop(kernel.names, rank, count, prefix="k", exact=kernel.is_exact(rank, loops))
+    if tile.horizontal:
+        lane = str(tile.lane)
+        count = ts.ceil_div(kernel.trip(lane, loops), tile.lanes)
+        inner.loop(kernel.names, lane, count, step=tile.lanes, prefix="k")
+        inner.point = replace(inner.point, lane=lane, lanes=tile.lanes)
+
+    def multiply(at: Point, target: Value, body: list[Statement]) -> None:
+        if paired is not None:
+            a, b = (_pair(kernel, e, paired, at, body) for e in (dot.a, dot.b))
+            function = f"dot_bf16_v{tile.lanes}"
+            kernel.evaluator.helpers.add(function)
+            total = ts.extern(function, target, ts.broadcast(a, tile.lanes), ts.broadcast(b, tile.lanes), dtype="float32", lanes=tile.lanes)
+            body.append(Set(target, total))
+            return
+        a, b = (kernel.evaluator.cast(_operand(kernel, e, tile, at, body), tile.dtype) for e in (dot.a, dot.b))
+        a, b = (ts.broadcast(v, tile.lanes) if tile.lanes > 1 else v for v in (a, b))
+        body.append(Set(target, Value(f"{target.text} + {a.text} * {b.text}", tile.dtype, tile.lanes)))
+
+    _each(kernel, tile, inner.point, inner.body, multiply, acc)
+
+
+def _operand(kernel: Kernel, e: Expr, tile: RegisterTile, at: Point, out: list[Statement]) -> Value:
+    """An operand at a point; in a horizontal dot the padding of the contracted rank is 0."""
+    v = kernel.evaluator.value(e, at, out)
+    if not tile.horizontal:
+        return v
+    lane = str(tile.lane)
+    tests = []
+    size = kernel.size(lane, at.loops)
+    if size % tile.lanes:
+        tests.append(Value(f"{ts.ramp(at.local[lane], tile.lanes).text} < {ts.broadcast(ts.integer(size), tile.lanes).text}", "bool", tile.lanes, binding=ts.OTHER))
+    active = next((a for a in at.loops if a.loop.rank == lane), None)
+    if active is not None and active.edge:
+        index = ts.ramp(ts.narrow(kernel.evaluator.index(lane, at)), tile.lanes)
+        limit = ts.broadcast(ts.narrow(kernel.memory.extent(lane)), tile.lanes)
+        tests.append(Value(f"{index.text} < {limit.text}", "bool", tile.lanes, binding=ts.OTHER))
+    inside = kernel.evaluator.all_of(tests)
+    return v if inside is None else kernel.evaluator.select(inside, v, ts.constant(0, v.dtype))
+
+
+def _pair(kernel: Kernel, e: Expr, paired: str, at: Point, out: list[Statement]) -> Value:
+    """Two neighbouring elements along the contracted rank as one i32."""
+    if isinstance(e, Tile):
+        buffer = kernel.buffers[e.name]
+        pair = {**at.local, paired: ts.floor_div(at.local[paired], ts.integer(2))}
+        return buffer.at(pair, at.lane, at.lanes) if at.lane in buffer.ranks else buffer.at(pair)
+    assert isinstance(e, Read)
+    scalar = kernel.evaluator.value(e, replace(at, lane=None, lanes=1, exact=at.exact | {paired}), out)
+    address = scalar.text[scalar.text.index(", ") + 2 : -1] if scalar.text.startswith("T.Cast(") else scalar.text
+    kernel.evaluator.helpers.add("load_pair")
+    return ts.extern("load_pair", Value(f"T.address_of({address})", "handle"), dtype="int32")
+
+
+def _write_back(kernel: Kernel, dot: Dot, at: Point, total: Value, update: Expr | None, out: list[Statement]) -> None:
+    """post(total + update) into the tile."""
+    evaluator = kernel.evaluator
+    v = total
+    if update is not None:
+        a, b = evaluator.unify(v, evaluator.value(update, at, out))
+        v = Value(f"({a.text} + {b.text})", a.dtype, a.lanes)
+    if dot.post is not None:
+        v = evaluator.value(dot.post, at.with_values(**{dot.dst: v}), out)
+    v = evaluator.cast(v, "float64" if dot.dtype == f64 else "float32")
+    from .groups import write_tile
+
+    write_tile(kernel, dot.dst, at, v, out)
+
+
+def _write_horizontal(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, out: list[Statement], acc: str, update: Expr | None) -> None:
+    """The sum of every accumulator's lanes into the tile."""
+    function = f"hsum_{tile.dtype}_v{tile.lanes}"
+    kernel.evaluator.helpers.add(function)
+
+    def write(point: Point, target: Value, body: list[Statement]) -> None:
+        total = ts.extern(function, target, dtype=tile.dtype)
+        _write_back(kernel, dot, replace(point, lane=None, lanes=1), kernel.evaluator.bind(total, dot.dst, body), update, body)
+
+    _each(kernel, tile, at, out, write, acc)

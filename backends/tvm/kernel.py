@@ -1,0 +1,143 @@
+"""What every part of the emitter shares while one kernel is emitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...ir.expr import Read
+from ...ir.infer import expression_ranks
+from ...ir.tile import Loop, Map, Reduce, Store, TileProgram
+from ...schedules.schedule import DotSchedule, GroupSchedule
+from . import script as ts
+from .cpu import Cpu
+from .evaluate import Active, Evaluator, Point, RankPlace
+from .memory import Memory
+from .partition import Row, RowInfo, row_ranks
+from .prepare import Assign, Step
+from .script import For, Names, Statement, Value
+from .tiles import TileBuffer
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The kernel being emitted.
+
+    Args:
+        readers: of every tile, the steps (by identity) that read it; the reading of an aliased state counts for the tile in its place.
+    """
+
+    program: TileProgram
+    cpu: Cpu
+    names: Names
+    memory: Memory
+    evaluator: Evaluator
+    buffers: Mapping[str, TileBuffer]
+    ranks: Mapping[str, tuple[str, ...]]
+    places: Mapping[str, RankPlace]
+    dots: Mapping[str, DotSchedule]
+    groups: Mapping[str, GroupSchedule]
+    readers: Mapping[str, frozenset[int]]
+
+    def size(self, rank: str, loops: tuple[Active, ...]) -> int:
+        """The elements of `rank` in a tile here."""
+        active = next((a for a in reversed(loops) if a.loop.rank == rank), None)
+        return active.loop.tile if active is not None else self.places[rank].size
+
+    def trip(self, rank: str, loops: tuple[Active, ...]) -> Value:
+        """How many elements of `rank` are computed: in an edge body those that take part, else the whole tile."""
+        active = next((a for a in reversed(loops) if a.loop.rank == rank), None)
+        if active is not None and active.valid is not None:
+            return active.valid
+        return ts.integer(self.size(rank, loops))
+
+    def tiled(self, rank: str) -> bool:
+        """Whether `rank` is a rank of tiles (not a grid rank of tile 1)."""
+        return rank in self.places
+
+    def is_exact(self, rank: str, loops: tuple[Active, ...]) -> bool:
+        """Whether indices below `trip` lie within the extent."""
+        active = next((a for a in loops if a.loop.rank == rank), None)
+        return active is not None or self.places[rank].fits
+
+    def info(self, row: Row) -> RowInfo:
+        """Ranks, lane and size of a statement."""
+        ranks = row_ranks(row, dict(self.ranks), self.tiled)
+        over = row.over if isinstance(row, Reduce) else ()
+        points = 1
+        for rank in (*ranks, *over):
+            points *= self.places[rank].size
+        return RowInfo(ranks, over, self._lane(row, ranks, over), points)
+
+    def _lane(self, row: Row, ranks: tuple[str, ...], over: tuple[str, ...]) -> str | None:
+        space = tuple(r for r in (*ranks, *over) if self.places[r].size > 1)
+        if not space:
+            return None
+        named = row.tensor if isinstance(row, Store) else row.dst
+        chosen = self.groups.get(named)
+        if chosen is not None and chosen.lane is not None and chosen.lane in space:
+            return chosen.lane
+        if isinstance(row, Store):
+            last = [r for r in space if self._moves(row.tensor, row.coords, r)]
+            return last[-1] if last else space[-1]
+        if isinstance(row, (Map, Assign)) and self.buffers[row.dst].lane in space:
+            return self.buffers[row.dst].lane
+        for name in self._operands(row):
+            if set(space) <= set(self.ranks[name]) and self.buffers[name].lane in space:
+                return self.buffers[name].lane
+        for read in _reads(row):
+            for rank in reversed(space):
+                if self._moves(read.tensor, read.coords, rank):
+                    return rank
+        return space[-1]
+
+    def _moves(self, tensor: str, coords: tuple[object, ...], rank: str) -> bool:
+        array = self.memory.arrays[tensor]
+        if not coords or not array.unit:
+            return False
+        probe = Point(local={rank: ts.integer(0)}, lane=rank, lanes=self.cpu.lanes)
+        others = any(rank in expression_ranks(c, self.ranks) for c in coords[:-1])  # type: ignore[arg-type]
+        return not others and self.evaluator.stride(coords[-1], probe) == 1  # type: ignore[arg-type]
+
+    def _operands(self, row: Row) -> list[str]:
+        from .prepare import tiles_read
+
+        return sorted(tiles_read(row))
+
+    def leaves(self, tile: str, among: tuple[Step, ...]) -> bool:
+        """Whether `tile` is read outside `among`."""
+        return bool(self.readers.get(tile, frozenset()) - {id(step) for step in among})
+
+
+def _reads(row: Row) -> list[Read]:
+    from ...ir.expr import reads
+
+    return list(reads(row.expr))
+
+
+@dataclass
+class Nest:
+    """Loops being opened one inside the other; `body` is the innermost."""
+
+    body: list[Statement]
+    point: Point
+
+    def loop(self, names: Names, rank: str, count: Value, *, step: int = 1, kind: str = "range", prefix: str = "v", exact: bool = False) -> Value:
+        """Opens a loop of `count` turns, each `step` elements of `rank` further, inside what is open; returns its variable."""
+        base = self.point.local.get(rank, ts.integer(0))
+        if count.number == 1:
+            variable = ts.integer(0)
+        else:
+            variable = ts.name(names.fresh(prefix, rank))
+            inner: list[Statement] = []
+            self.body.append(For(variable.text, ts.integer(0), count, kind, inner))
+            self.body = inner
+        local = ts.add(base, ts.mul(variable, ts.integer(step)))
+        exact_ranks = self.point.exact | {rank} if exact else self.point.exact
+        self.point = replace(self.point, local={**self.point.local, rank: local}, exact=exact_ranks)
+        return variable
+
+
+def loop_of(loops: tuple[Active, ...], rank: str) -> Loop | None:
+    """The enclosing loop over `rank`."""
+    return next((a.loop for a in reversed(loops) if a.loop.rank == rank), None)

@@ -1,0 +1,418 @@
+"""LLVM IR helpers that emitted kernels import: vector mathematics, masked memory, horizontal reductions, the bf16 dot.
+
+Each helper is a function of the vector width, named `<operation>_v<lanes>` or `<operation>_<type>_v<lanes>`. Where AVX-512 has an
+instruction it is used; otherwise plain LLVM IR does the same, so the emitted kernel reads alike on every processor.
+exp2 of degree 5: relative error 1.4e-7, exactly 0 for -inf; the scalar forms compute one lane of a vector.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import lru_cache
+
+from .cpu import Cpu
+
+LLVM_TYPES = {"float32": "float", "float64": "double", "int8": "i8", "uint8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "bool": "i8"}
+LIBM = {"erf": "erff", "log1p": "log1pf", "pow": "powf", "fmod": "fmodf", "sin": "sinf", "cos": "cosf"}
+
+
+def _hex(value: float) -> str:
+    """An LLVM float literal: the hexadecimal double of the value rounded to f32."""
+    rounded = struct.unpack("<f", struct.pack("<f", value))[0]
+    return f"float 0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
+
+
+class Ir:
+    """The lines of one helper over `n` lanes; operations return the name of their result."""
+
+    def __init__(self, head: str, lanes: int) -> None:
+        self.lanes = lanes
+        self.f = f"<{lanes} x float>"
+        self.i = f"<{lanes} x i32>"
+        self.lines = [f"define {head} alwaysinline {{"]
+        self.declared: dict[str, None] = {}
+        self._next = 0
+
+    def op(self, text: str) -> str:
+        self._next += 1
+        self.lines.append(f"  %r{self._next} = {text}")
+        return f"%r{self._next}"
+
+    def call(self, result: str, function: str, *args: tuple[str, str]) -> str:
+        self.declared[f"declare {result} @{function}({', '.join(t for t, _ in args)})"] = None
+        return self.op(f"call {result} @{function}({', '.join(f'{t} {v}' for t, v in args)})")
+
+    def real(self, value: float) -> str:
+        return "<" + ", ".join([_hex(value)] * self.lanes) + ">"
+
+    def whole(self, value: int) -> str:
+        return "<" + ", ".join([f"i32 {value}"] * self.lanes) + ">"
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        return self.call(self.f, f"llvm.fma.v{self.lanes}f32", (self.f, a), (self.f, b), (self.f, c))
+
+    def horner(self, x: str, coefficients: tuple[float, ...]) -> str:
+        """The polynomial with the highest coefficient first."""
+        result = self.real(coefficients[0])
+        for c in coefficients[1:]:
+            result = self.fma(result, x, self.real(c))
+        return result
+
+    def select(self, condition: str, a: str, b: str) -> str:
+        return self.op(f"select <{self.lanes} x i1> {condition}, {self.f} {a}, {self.f} {b}")
+
+    def unary(self, function: str, x: str) -> str:
+        return self.call(self.f, f"llvm.{function}.v{self.lanes}f32", (self.f, x))
+
+    def scale(self, x: str, exponent: str) -> str:
+        """x * 2**exponent for integral float exponents in -252 .. 252, in two exact steps, so that subnormal results are right."""
+        e = self.op(f"fptosi {self.f} {exponent} to {self.i}")
+        half = self.op(f"ashr {self.i} {e}, {self.whole(1)}")
+        rest = self.op(f"sub {self.i} {e}, {half}")
+        for part in (half, rest):
+            biased = self.op(f"shl {self.i} {self.op(f'add {self.i} {part}, {self.whole(127)}')}, {self.whole(23)}")
+            x = self.op(f"fmul {self.f} {x}, {self.op(f'bitcast {self.i} {biased} to {self.f}')}")
+        return x
+
+    def finish(self, result_type: str, result: str) -> str:
+        return "\n".join([*self.declared, *self.lines, f"  ret {result_type} {result}", "}"]) + "\n"
+
+
+# 2**f on [0, 1): Chebyshev fit of the relative error, degree 5, constant term last
+EXP2 = (0.0018762329455207936, 0.008992584030501403, 0.05582360446300757, 0.2401545298864825, 0.6931529681766547, 0.9999999269249821)
+LOG = (
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
+    -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
+TANH_UP = (-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08, 1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03)  # fmt: skip
+TANH_DOWN = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+
+
+def _exp2(cpu: Cpu, n: int) -> str:
+    ir = Ir(f"<{n} x float> @exp2_v{n}(<{n} x float> %x)", n)
+    f = ir.f
+    if cpu.avx512 and n == 16:
+        mask, rounding = ("i16", "-1"), ("i32", "8")
+        fraction = ir.call(f, "llvm.x86.avx512.mask.reduce.ps.512", (f, "%x"), ("i32", "1"), (f, "zeroinitializer"), mask, rounding)
+        poly = ir.horner(fraction, EXP2)
+        result = ir.call(f, "llvm.x86.avx512.mask.scalef.ps.512", (f, poly), (f, "%x"), (f, "zeroinitializer"), mask, ("i32", "4"))
+        return ir.finish(f, result)
+    high = ir.call(f, f"llvm.minnum.v{n}f32", (f, "%x"), (f, ir.real(129.0)))
+    bounded = ir.call(f, f"llvm.maxnum.v{n}f32", (f, high), (f, ir.real(-152.0)))
+    whole = ir.unary("floor", bounded)
+    fraction = ir.op(f"fsub {f} {bounded}, {whole}")
+    scaled = ir.scale(ir.horner(fraction, EXP2), whole)
+    nan = ir.op(f"fcmp uno {f} %x, %x")
+    return ir.finish(f, ir.select(nan, "%x", scaled))
+
+
+def _exp(cpu: Cpu, n: int) -> str:
+    """exp(x) with the reduction in two parts, so that a large |x| costs no accuracy (Cody and Waite)."""
+    ir = Ir(f"<{n} x float> @exp_v{n}(<{n} x float> %x)", n)
+    f = ir.f
+    high = ir.call(f, f"llvm.minnum.v{n}f32", (f, "%x"), (f, ir.real(90.0)))
+    bounded = ir.call(f, f"llvm.maxnum.v{n}f32", (f, high), (f, ir.real(-105.0)))
+    whole = ir.unary("rint", ir.op(f"fmul {f} {bounded}, {ir.real(math.log2(math.e))}"))
+    rest = ir.fma(whole, ir.real(-0.693359375), bounded)
+    rest = ir.fma(whole, ir.real(2.12194440e-4), rest)
+    coefficients = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
+    scaled = ir.scale(ir.horner(rest, coefficients), whole)
+    nan = ir.op(f"fcmp uno {f} %x, %x")
+    return ir.finish(f, ir.select(nan, "%x", scaled))
+
+
+def _log(cpu: Cpu, n: int, base2: bool) -> str:
+    """log(x) or log2(x), after Cephes: mantissa in [sqrt(1/2), sqrt(2)), subnormals scaled first."""
+    function = "log2" if base2 else "log"
+    ir = Ir(f"<{n} x float> @{function}_v{n}(<{n} x float> %x)", n)
+    f, i = ir.f, ir.i
+    tiny = ir.op(f"fcmp olt {f} %x, {ir.real(2.0**-126)}")
+    scaled = ir.select(tiny, ir.op(f"fmul {f} %x, {ir.real(2.0**24)}"), "%x")
+    bits = ir.op(f"bitcast {f} {scaled} to {i}")
+    shifted = ir.op(f"sub {i} {bits}, {ir.whole(0x3F3504F3)}")
+    exponent = ir.op(f"ashr {i} {shifted}, {ir.whole(23)}")
+    mantissa = ir.op(f"sub {i} {bits}, {ir.op(f'shl {i} {exponent}, {ir.whole(23)}')}")
+    e = ir.op(f"sitofp {i} {exponent} to {f}")
+    e = ir.op(f"fsub {f} {e}, {ir.select(tiny, ir.real(24.0), ir.real(0.0))}")
+    r = ir.op(f"fsub {f} {ir.op(f'bitcast {i} {mantissa} to {f}')}, {ir.real(1.0)}")
+    square = ir.op(f"fmul {f} {r}, {r}")
+    tail = ir.op(f"fmul {f} {ir.op(f'fmul {f} {r}, {square}')}, {ir.horner(r, LOG)}")
+    tail = ir.fma(square, ir.real(-0.5), tail)
+    if base2:  # (r + tail) * log2(e) + e with log2(e) = 1 + 0.4427
+        extra = ir.real(math.log2(math.e) - 1)
+        y = ir.fma(tail, extra, ir.op(f"fmul {f} {r}, {extra}"))
+        for term in (tail, r, e):
+            y = ir.op(f"fadd {f} {y}, {term}")
+    else:
+        y = ir.fma(e, ir.real(-2.12194440e-4), tail)
+        y = ir.fma(e, ir.real(0.693359375), ir.op(f"fadd {f} {r}, {y}"))
+    infinite = ir.op(f"fcmp oeq {f} %x, {ir.real(math.inf)}")
+    zero = ir.op(f"fcmp oeq {f} %x, {ir.real(0.0)}")
+    illegal = ir.op(f"fcmp ult {f} %x, {ir.real(0.0)}")
+    y = ir.select(infinite, "%x", y)
+    y = ir.select(zero, ir.real(-math.inf), y)
+    return ir.finish(f, ir.select(illegal, ir.real(math.nan), y))
+
+
+def _tanh(cpu: Cpu, n: int) -> str:
+    """tanh by a rational minimax approximation, exact to a few units in the last place near 0 as well (Eigen's ptanh)."""
+    ir = Ir(f"<{n} x float> @tanh_v{n}(<{n} x float> %x)", n)
+    f = ir.f
+    high = ir.call(f, f"llvm.minnum.v{n}f32", (f, "%x"), (f, ir.real(7.90531110763549805)))
+    x = ir.call(f, f"llvm.maxnum.v{n}f32", (f, high), (f, ir.real(-7.90531110763549805)))
+    square = ir.op(f"fmul {f} {x}, {x}")
+    up = ir.op(f"fmul {f} {x}, {ir.horner(square, TANH_UP)}")
+    ratio = ir.op(f"fdiv {f} {up}, {ir.horner(square, TANH_DOWN)}")
+    small = ir.op(f"fcmp olt {f} {ir.unary('fabs', '%x')}, {ir.real(0.0004)}")
+    unordered = ir.op(f"fcmp uno {f} %x, %x")
+    return ir.finish(f, ir.select(unordered, "%x", ir.select(small, "%x", ratio)))
+
+
+def _sigmoid(cpu: Cpu, n: int) -> str:
+    ir = Ir(f"<{n} x float> @sigmoid_v{n}(<{n} x float> %x)", n)
+    f = ir.f
+    power = ir.call(f, f"exp_v{n}", (f, ir.op(f"fneg {f} %x")))
+    ir.declared.clear()
+    return ir.finish(f, ir.op(f"fdiv {f} {ir.real(1.0)}, {ir.op(f'fadd {f} {power}, {ir.real(1.0)}')}"))
+
+
+def _round_bf16(cpu: Cpu, n: int) -> str:
+    """f32 rounded to the nearest bf16, ties to even; a NaN stays one."""
+    ir = Ir(f"<{n} x float> @round_bf16_v{n}(<{n} x float> %x)", n)
+    f, i = ir.f, ir.i
+    bits = ir.op(f"bitcast {f} %x to {i}")
+    odd = ir.op(f"and {i} {ir.op(f'lshr {i} {bits}, {ir.whole(16)}')}, {ir.whole(1)}")
+    carried = ir.op(f"add {i} {ir.op(f'add {i} {bits}, {ir.whole(0x7FFF)}')}, {odd}")
+    rounded = ir.op(f"bitcast {i} {ir.op(f'and {i} {carried}, {ir.whole(-65536)}')} to {f}")
+    return ir.finish(f, ir.select(ir.op(f"fcmp uno {f} %x, %x"), "%x", rounded))
+
+
+def _round_f16(cpu: Cpu, n: int) -> str:
+    ir = Ir(f"<{n} x float> @round_f16_v{n}(<{n} x float> %x)", n)
+    half = ir.op(f"fptrunc {ir.f} %x to <{n} x half>")
+    return ir.finish(ir.f, ir.op(f"fpext <{n} x half> {half} to {ir.f}"))
+
+
+def _bits_f16(cpu: Cpu, n: int) -> str:
+    ir = Ir(f"<{n} x i16> @bits_f16_v{n}(<{n} x float> %x)", n)
+    half = ir.op(f"fptrunc {ir.f} %x to <{n} x half>")
+    return ir.finish(f"<{n} x i16>", ir.op(f"bitcast <{n} x half> {half} to <{n} x i16>"))
+
+
+def _from_bits_f16(cpu: Cpu, n: int) -> str:
+    ir = Ir(f"<{n} x float> @from_bits_f16_v{n}(<{n} x i16> %x)", n)
+    half = ir.op(f"bitcast <{n} x i16> %x to <{n} x half>")
+    return ir.finish(ir.f, ir.op(f"fpext <{n} x half> {half} to {ir.f}"))
+
+
+def _test(cpu: Cpu, n: int, operation: str) -> str:
+    """isnan, isinf, isfinite on the bits, where no optimizer assumes anything of floats. The result is 0 or 1."""
+    ir = Ir(f"<{n} x i32> @{operation}_v{n}(<{n} x float> %x)", n)
+    magnitude = ir.op(f"and {ir.i} {ir.op(f'bitcast {ir.f} %x to {ir.i}')}, {ir.whole(0x7FFFFFFF)}")
+    compare = {"isnan": "sgt", "isinf": "eq", "isfinite": "slt"}[operation]
+    truth = ir.op(f"icmp {compare} {ir.i} {magnitude}, {ir.whole(0x7F800000)}")
+    return ir.finish(ir.i, ir.op(f"zext <{n} x i1> {truth} to {ir.i}"))
+
+
+def _libm(function: str, n: int) -> str:
+    """A function of the C library, lane by lane."""
+    arity = 2 if function in ("pow", "fmod") else 1
+    symbol = LIBM[function]
+    operands = ("%x", "%y")[:arity]
+    ir = Ir(f"<{n} x float> @{function}_v{n}({', '.join(f'<{n} x float> {x}' for x in operands)})", n)
+    result = "poison"
+    for lane in range(n):
+        args = [("float", ir.op(f"extractelement {ir.f} {x}, i32 {lane}")) for x in operands]
+        result = ir.op(f"insertelement {ir.f} {result}, float {ir.call('float', symbol, *args)}, i32 {lane}")
+    return ir.finish(ir.f, result)
+
+
+def _scalar(function: str, n: int, result: str = "float") -> str:
+    """The one-element form of a vector helper."""
+    arity = 2 if function in ("pow", "fmod") else 1
+    operands = ("%x", "%y")[:arity]
+    ir = Ir(f"{result} @{function}_s({', '.join(f'float {x}' for x in operands)})", n)
+    vectors = [(ir.f, ir.op(f"insertelement {ir.f} zeroinitializer, float {x}, i32 0")) for x in operands]
+    value = ir.op(f"call <{n} x {result}> @{function}_v{n}({', '.join(f'{t} {v}' for t, v in vectors)})")
+    return ir.finish(result, ir.op(f"extractelement <{n} x {result}> {value}, i32 0"))
+
+
+def _mask(ir: Ir, count: str = "%n") -> str:
+    """Lanes below `count`."""
+    first = ir.op(f"insertelement {ir.i} poison, i32 {count}, i32 0")
+    splat = ir.op(f"shufflevector {ir.i} {first}, {ir.i} poison, {ir.i} zeroinitializer")
+    return ir.op(f"icmp sgt {ir.i} {splat}, <{', '.join(f'i32 {k}' for k in range(ir.lanes))}>")
+
+
+def _element(t: str) -> str:
+    return "bfloat" if t == "bf16" else "half" if t == "f16" else LLVM_TYPES[t]
+
+
+def _mangled(t: str) -> str:
+    return {"float": "f32", "double": "f64", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64"}[t]
+
+
+def _stored(t: str) -> str:
+    """The type moved through memory: 16-bit floats go as integers."""
+    return "i16" if t in ("bf16", "f16") else LLVM_TYPES[t]
+
+
+def _size(t: str) -> int:
+    return {"float": 4, "double": 8, "i8": 1, "i16": 2, "i32": 4, "i64": 8}[_stored(t)]
+
+
+def _widen(ir: Ir, t: str, value: str) -> str:
+    """16-bit floats as read from memory to f32, exactly."""
+    n = ir.lanes
+    if t == "bf16":
+        shifted = ir.op(f"shl {ir.i} {ir.op(f'zext <{n} x i16> {value} to {ir.i}')}, {ir.whole(16)}")
+        return ir.op(f"bitcast {ir.i} {shifted} to {ir.f}")
+    return ir.op(f"fpext <{n} x half> {ir.op(f'bitcast <{n} x i16> {value} to <{n} x half>')} to {ir.f}")
+
+
+def _load(t: str, n: int, masked: bool) -> str:
+    """A vector from memory that need not be aligned; lanes from `n` on are 0. 16-bit floats come as f32."""
+    stored = _stored(t)
+    result = f"<{n} x float>" if t in ("bf16", "f16") else f"<{n} x {stored}>"
+    ir = Ir(f"{result} @{'mload' if masked else 'load'}_{t}_v{n}(ptr %p{', i32 %n' if masked else ''})", n)
+    if masked:
+        vector = f"<{n} x {stored}>"
+        value = ir.call(
+            vector, f"llvm.masked.load.v{n}{_mangled(stored)}.p0", ("ptr", f"align {_size(t)} %p"), (f"<{n} x i1>", _mask(ir)), (vector, "zeroinitializer")
+        )
+    else:
+        value = ir.op(f"load <{n} x {stored}>, ptr %p, align {_size(t)}")
+    if t in ("bf16", "f16"):
+        value = _widen(ir, t, value)
+    return ir.finish(result, value)
+
+
+def _narrowed(ir: Ir, cpu: Cpu, t: str) -> str:
+    """%v of f32 as the 16 bits of a narrow float."""
+    n = ir.lanes
+    if t == "f16":
+        return ir.op(f"bitcast <{n} x half> {ir.op(f'fptrunc {ir.f} %v to <{n} x half>')} to <{n} x i16>")
+    rounded = ir.op(f"call {ir.f} @round_bf16_v{n}({ir.f} %v)")
+    bits = ir.op(f"lshr {ir.i} {ir.op(f'bitcast {ir.f} {rounded} to {ir.i}')}, {ir.whole(16)}")
+    return ir.op(f"trunc {ir.i} {bits} to <{n} x i16>")
+
+
+def _store(cpu: Cpu, t: str, n: int, masked: bool) -> str:
+    """A vector to memory that need not be aligned; lanes from `n` on are left alone. f32 is rounded to a 16-bit float."""
+    stored = _stored(t)
+    given = f"<{n} x float>" if t in ("bf16", "f16") else f"<{n} x {stored}>"
+    ir = Ir(f"i32 @{'mstore' if masked else 'store'}_{t}_v{n}(ptr %p, {given} %v{', i32 %n' if masked else ''})", n)
+    value = _narrowed(ir, cpu, t) if t in ("bf16", "f16") else "%v"
+    vector = f"<{n} x {stored}>"
+    if masked:
+        mask = _mask(ir)
+        ir.declared[f"declare void @llvm.masked.store.v{n}{_mangled(stored)}.p0({vector}, ptr, <{n} x i1>)"] = None
+        ir.lines.append(f"  call void @llvm.masked.store.v{n}{_mangled(stored)}.p0({vector} {value}, ptr align {_size(t)} %p, <{n} x i1> {mask})")
+    else:
+        ir.lines.append(f"  store {vector} {value}, ptr %p, align {_size(t)}")
+    return ir.finish("i32", "0")
+
+
+def _horizontal(operation: str, t: str, n: int) -> str:
+    """The sum, product, maximum or minimum of the lanes, as a tree."""
+    element = LLVM_TYPES[t]
+    ir = Ir(f"{element} @h{operation}_{t}_v{n}(<{n} x {element}> %x)", n)
+    floating = element in ("float", "double")
+    value, width = "%x", n
+    while width > 1:
+        width //= 2
+        low = ", ".join(f"i32 {k}" for k in range(width))
+        high = ", ".join(f"i32 {k + width}" for k in range(width))
+        vector, half = f"<{2 * width} x {element}>", f"<{width} x {element}>"
+        a = ir.op(f"shufflevector {vector} {value}, {vector} poison, <{width} x i32> <{low}>")
+        b = ir.op(f"shufflevector {vector} {value}, {vector} poison, <{width} x i32> <{high}>")
+        if operation in ("sum", "prod"):
+            verb = {"sum": "add", "prod": "mul"}[operation]
+            value = ir.op(f"{'f' if floating else ''}{verb} {half} {a}, {b}")
+        else:
+            compare = {"max": "gt", "min": "lt"}[operation]
+            test = f"fcmp o{compare}" if floating else f"icmp {'u' if t == 'uint8' else 's'}{compare}"
+            value = ir.op(f"select <{width} x i1> {ir.op(f'{test} {half} {a}, {b}')}, {half} {a}, {half} {b}")
+    return ir.finish(element, ir.op(f"extractelement <1 x {element}> {value}, i32 0"))
+
+
+def _dot_bf16(n: int) -> str:
+    """c + the products of the low halves + the products of the high halves (vdpbf16ps)."""
+    ir = Ir(f"<{n} x float> @dot_bf16_v{n}(<{n} x float> %c, <{n} x i32> %a, <{n} x i32> %b)", n)
+    wide = f"<{2 * n} x bfloat>"
+    a, b = (ir.op(f"bitcast {ir.i} {x} to {wide}") for x in ("%a", "%b"))
+    return ir.finish(ir.f, ir.call(ir.f, f"llvm.x86.avx512bf16.dpbf16ps.{n * 32}", (ir.f, "%c"), (wide, a), (wide, b)))
+
+
+def _pack_bf16(n: int) -> str:
+    """Two vectors of f32 rounded to bf16 and interleaved: `low` in the low halves of the result, `high` in the high ones."""
+    ir = Ir(f"<{n} x i32> @pack_bf16_v{n}(<{n} x float> %low, <{n} x float> %high)", n)
+    wide = f"<{2 * n} x bfloat>"
+    both = ir.call(wide, f"llvm.x86.avx512bf16.cvtne2ps2bf16.{n * 32}", (ir.f, "%high"), (ir.f, "%low"))
+    order = ", ".join(f"i32 {k}, i32 {k + n}" for k in range(n))
+    mixed = ir.op(f"shufflevector {wide} {both}, {wide} poison, <{2 * n} x i32> <{order}>")
+    return ir.finish(ir.i, ir.op(f"bitcast {wide} {mixed} to {ir.i}"))
+
+
+def _load_pair() -> str:
+    ir = Ir("i32 @load_pair(ptr %p)", 1)
+    return ir.finish("i32", ir.op("load i32, ptr %p, align 2"))
+
+
+NEEDS = {"sigmoid": ("exp",), "store_bf16": ("round_bf16",), "mstore_bf16": ("round_bf16",)}
+SIMPLE = {
+    "exp2": _exp2, "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid, "round_bf16": _round_bf16, "round_f16": _round_f16,
+    "bits_f16": _bits_f16, "from_bits_f16": _from_bits_f16,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def helper_ir(cpu: Cpu, function: str) -> str:
+    """The IR that defines `function`, such as `exp2_v16`, `mload_bf16_v16`, `hsum_float32_v16` or the scalar `exp2_s`."""
+    stem, _, suffix = function.rpartition("_")
+    if suffix == "s":
+        result = {"isnan": "i32", "isinf": "i32", "isfinite": "i32", "bits_f16": "i16"}.get(stem, "float")
+        return _scalar(stem, cpu.lanes, result)
+    if function == "load_pair":
+        return _load_pair()
+    n = int(suffix[1:])
+    if stem in SIMPLE:
+        return SIMPLE[stem](cpu, n)
+    if stem in LIBM:
+        return _libm(stem, n)
+    if stem in ("isnan", "isinf", "isfinite"):
+        return _test(cpu, n, stem)
+    if stem in ("log", "log2"):
+        return _log(cpu, n, stem == "log2")
+    if stem in ("dot_bf16", "pack_bf16"):
+        return _dot_bf16(n) if stem == "dot_bf16" else _pack_bf16(n)
+    verb, _, t = stem.partition("_")
+    if verb in ("load", "mload"):
+        return _load(t, n, verb == "mload")
+    if verb in ("store", "mstore"):
+        return _store(cpu, t, n, verb == "mstore")
+    return _horizontal(verb[1:], t, n)
+
+
+def helpers_ir(cpu: Cpu, functions: tuple[str, ...]) -> str:
+    """The IR of all `functions` and of those they call, each once, declarations merged."""
+    wanted: dict[str, None] = {}
+
+    def want(function: str) -> None:
+        stem, _, suffix = function.rpartition("_")
+        if suffix == "s":
+            want(f"{stem}_v{cpu.lanes}")
+        for other in NEEDS.get(stem, ()):
+            want(f"{other}_{suffix}")
+        wanted[function] = None
+
+    for function in sorted(functions):
+        want(function)
+    declarations: dict[str, None] = {}
+    definitions: list[str] = []
+    for function in wanted:
+        lines = helper_ir(cpu, function).splitlines()
+        declarations.update(dict.fromkeys(line for line in lines if line.startswith("declare")))
+        definitions.append("\n".join(line for line in lines if not line.startswith("declare")))
+    return "\n".join([*declarations, *definitions]) + "\n"
