@@ -20,51 +20,60 @@ class Source:
     Args:
         text: the whole file, readable by itself.
         entry: the function to call.
+        target: the machine it was emitted for.
         hash: the first 16 hex digits of the SHA-256 of the text.
     """
 
     text: str
     entry: str
+    target: Target
     hash: str
 
     @staticmethod
-    def make(text: str, entry: str) -> Source:
+    def make(text: str, entry: str, target: Target) -> Source:
         """A source with its hash."""
-        return Source(text, entry, hashlib.sha256(text.encode()).hexdigest()[:16])
+        return Source(text, entry, target, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-class Artifact(Protocol):
-    """A compiled kernel that can be saved."""
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A compiled kernel.
 
-    @property
-    def source(self) -> Source | None:
-        """What it was built from, None if it was loaded from a file."""
-        ...
+    Args:
+        source: what it was built from.
+        module: the toolkit's handle of the code.
+    """
 
-    def save(self, path: Path) -> None:
-        """Writes the binary to `path`."""
-        ...
+    source: Source
+    module: Any
 
 
 class Backend(Protocol):
     """Everything the compiler asks of a backend. Toolkits are imported when first used."""
 
-    def emit(self, program: TileProgram, schedule: Schedule, target: Target) -> Source:
-        """The kernel as source. Raises `UnsupportedError` or `ScheduleError` before anything is built."""
+    def emit(self, program: TileProgram, schedule: Schedule, target: Target, *, strided: frozenset[str] = ...) -> Source:
+        """The kernel as source; `strided` names tensors whose last axis has a stride other than 1.
+
+        Raises `UnsupportedError` or `ScheduleError` before anything is built.
+        """
         ...
 
-    def build(self, source: Source, target: Target) -> Artifact:
+    def build(self, source: Source) -> Artifact:
         """The compiled kernel. Raises `BuildError` with the toolkit's words."""
         ...
 
-    def restore(self, path: Path, target: Target) -> Artifact:
-        """A kernel that `Artifact.save` wrote. Raises `BuildError` if it cannot be read."""
+    def save(self, artifact: Artifact, path: Path) -> None:
+        """Writes the binary to the file `path`."""
         ...
 
-    def load(self, artifact: Any) -> Callable[..., None]:
+    def restore(self, path: Path, source: Source) -> Artifact:
+        """A kernel that `save` wrote, built from `source`. Raises `BuildError` if it cannot be loaded."""
+        ...
+
+    def load(self, artifact: Artifact) -> Callable[..., object]:
         """`launch(*inputs, *outputs, *scalars)`: tensors in order of the program, then its scalars as Python floats."""
         ...
 
-    def facts(self, artifact: Any) -> Mapping[str, Any]:
-        """What the compiler made of it, by name."""
+    def facts(self, artifact: Artifact) -> Mapping[str, Any]:
+        """What the toolkit made of it, by name."""
         ...

@@ -10,8 +10,7 @@ from typing import Any
 from ...ir.tile import TileProgram
 from ...schedules.schedule import Schedule
 from ...schedules.target import Target
-from ..base import Source
-from .build import TvmArtifact
+from ..base import Artifact, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +23,31 @@ class TvmCpu:
 
         return emit(program, schedule, target, strided=strided)
 
-    def build(self, source: Source, target: Target) -> TvmArtifact:
+    def build(self, source: Source) -> Artifact:
         """Compiles with TVM's LLVM."""
         from .build import build
 
-        return build(source, target)
+        return build(source)
 
-    def restore(self, path: Path, target: Target) -> TvmArtifact:
+    def save(self, artifact: Artifact, path: Path) -> None:
+        """Writes a shared library."""
+        from .build import save
+
+        save(artifact, path)
+
+    def restore(self, path: Path, source: Source) -> Artifact:
         """A saved shared library."""
         from .build import restore
 
-        return restore(path, target)
+        return restore(path, source)
 
-    def load(self, artifact: TvmArtifact) -> Callable[..., None]:
+    def load(self, artifact: Artifact) -> Callable[..., object]:
         """The function, taking torch CPU tensors without copying."""
         from .build import load
 
         return load(artifact)
 
-    def facts(self, artifact: TvmArtifact) -> Mapping[str, Any]:
+    def facts(self, artifact: Artifact) -> Mapping[str, Any]:
         """Counts from the assembly."""
         from .facts import facts
 

@@ -11,48 +11,28 @@ import ast
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...ir.errors import BuildError
-from ...schedules.target import Target
-from ..base import Source
+from ..base import Artifact, Source
 from .cpu import cpu_of
 
 
-@dataclass(frozen=True, slots=True)
-class TvmArtifact:
-    """A compiled kernel: TVM's module and the name of its function."""
-
-    module: Any
-    entry: str
-    source: Source | None
-    threads: int
-
-    def save(self, path: Path) -> None:
-        """Writes a shared library to `path`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        built = path.with_suffix(".tmp.so")
-        self.module.export_library(str(built))
-        shutil.move(built, path)
-
-
-def build(source: Source, target: Target) -> TvmArtifact:
-    """Compiles a source for the processor of `target`. Raises `BuildError` with TVM's words."""
+def build(source: Source) -> Artifact:
+    """Compiles a source for the processor of its target. Raises `BuildError` with TVM's words."""
     import tvm
     from tvm.script import tirx
     from tvm.script.parser.core.entry import parse
 
-    cpu = cpu_of(target)
+    cpu = cpu_of(source.target)
     helpers, function = split(source)
     mcpu = cpu.mcpu or tvm.target.codegen.llvm_get_system_cpu()
     try:
         parsed = parse(function, extra_vars={"T": tirx, "LL": helpers})
-        module = tvm.compile(parsed, target={"kind": "llvm", "mcpu": mcpu, "num-cores": target.threads})
+        module = tvm.compile(parsed, target={"kind": "llvm", "mcpu": mcpu, "num-cores": source.target.threads})
     except Exception as error:  # TVM raises half a dozen unrelated classes; all of them mean that the source was refused
-        raise BuildError(f"TVM refused the kernel: {error}", hint="the source is in the exception's notes or `.source`; please report it") from error
-    return TvmArtifact(module, source.entry, source, target.threads)
+        raise BuildError(f"TVM refused the kernel: {error}", hint="this is a bug of the emitter; please report it with the source") from error
+    return Artifact(source, module)
 
 
 def split(source: Source) -> tuple[str, str]:
@@ -63,7 +43,15 @@ def split(source: Source) -> tuple[str, str]:
     return str(helpers), mark + tail
 
 
-def restore(path: Path, target: Target, entry: str = "main") -> TvmArtifact:
+def save(artifact: Artifact, path: Path) -> None:
+    """Writes the kernel as a shared library; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    built = path.with_name(f"{path.name}.{os.getpid()}.so")
+    artifact.module.export_library(str(built))
+    shutil.move(built, path)
+
+
+def restore(path: Path, source: Source) -> Artifact:
     """Loads a saved kernel. Raises `BuildError` if the file cannot be loaded."""
     import tvm
 
@@ -71,13 +59,13 @@ def restore(path: Path, target: Target, entry: str = "main") -> TvmArtifact:
         module = tvm.runtime.load_module(str(path))
     except Exception as error:  # as above
         raise BuildError(f"{path} cannot be loaded: {error}", hint="compile the kernel again") from error
-    return TvmArtifact(module, entry, None, target.threads)
+    return Artifact(source, module)
 
 
-def load(artifact: TvmArtifact) -> Callable[..., None]:
+def load(artifact: Artifact) -> Callable[..., object]:
     """`launch(*inputs, *outputs, *scalars)` on torch CPU tensors, without copying."""
-    _configure_threads(artifact.threads)
-    return artifact.module[artifact.entry]  # type: ignore[no-any-return]
+    _configure_threads(artifact.source.target.threads)
+    return artifact.module[artifact.source.entry]  # type: ignore[no-any-return]
 
 
 def _configure_threads(threads: int) -> None:

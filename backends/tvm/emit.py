@@ -64,7 +64,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     task += body
     lines = _function(kernel, schedule, starts, task)
     ir = helpers_ir(cpu, tuple(sorted(evaluator.helpers)))
-    return Source.make(_module(program, ir, lines), ENTRY)
+    return Source.make(_module(program, ir, lines), ENTRY, target)
 
 
 def _module(program: TileProgram, ir: str, lines: list[str]) -> str:
