@@ -74,12 +74,16 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A reduction of the cascade, rebuilt: the sum of outside * state (and + added). Coefficients are expressions over origins."""
+    """A reduction of the cascade, rebuilt: the sum of outside * state (and + added). Coefficients are expressions over reductions.
+
+    `guarded` says that a state of 0 counts as 0 whatever its coefficient: over an empty domain the reduction is 0, not 0 * inf.
+    """
 
     reduction: str
     op: str
     terms: tuple[tuple[Expr | None, str], ...]
     added: Expr | None = None
+    guarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

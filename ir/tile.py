@@ -132,7 +132,9 @@ class Loop:
     """The stream: `for` every tile of `rank` that meets the domain, in rising order.
 
     `conditions` are the predicates of the domain beside `rank < extent`; `Masked` refers to all of them together. States keep their
-    names in the body (the value before this tile) and after the loop (the final value).
+    names in the body (the value before this tile) and after the loop (the final value). In a tile that is not wholly inside the
+    domain, coordinates of memory use the stream's index clamped to [max(begin, 0), min(end, extent) - 1], so that what lies outside a
+    domain that is the same for the whole task (padding beyond a length, say) is never read.
     """
 
     rank: str

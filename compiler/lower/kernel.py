@@ -104,7 +104,7 @@ class _KernelLowering:
     def _final(self, name: str) -> Expr:
         """A streamed reduction after its loop."""
         stage = next(s for s in self.done if name in s.by_reduction)
-        return stage.value(name, stage.at_end, self._final_mode())
+        return stage.value(name, stage.at_end, Extent(self.kernel.stream or ""), self._final_mode())
 
     def _final_mode(self) -> Mode:
         return Mode(self._final)
@@ -141,10 +141,6 @@ class _KernelLowering:
         v.outer.nodes.extend(before)
         body = share_costly(body, v.ranks_of, self._name)
         body = hoist_parts(body, v.ranks_of, self._name)
-        outer, body = fold_scales(
-            tuple(v.outer.nodes), body, lambda e: is_number_of_task(e, v.tiles), lambda e: self._all_float32(e)
-        )
-        v.outer.nodes[:] = outer
         v.outer.nodes.append(replace(loop, body=body))
 
     def _all_float32(self, e: Expr) -> bool:
@@ -158,7 +154,8 @@ class _KernelLowering:
         last = max((i for i, n in enumerate(outer) if isinstance(n, Loop)), default=-1)
         tail = share_costly(tuple(map_node(n, simplify) for n in outer[last + 1 :]), v.ranks_of, self._name)
         tail = hoist_parts(tail, v.ranks_of, self._name)
-        body = drop_dead((*outer[: last + 1], *tail), set())
+        folded = fold_scales((*outer[: last + 1], *tail), lambda e: is_number_of_task(e, v.tiles), self._all_float32)
+        body = drop_dead(folded, set())
         outputs = {o.name: o for o in self.cascade.outputs}
         stored = tuple(
             TileOutput(outputs.get(n) or Output(n, tuple((r,) for r in v.cascade.tensor_ranks()[n])), self._stored_type(n))

@@ -141,30 +141,50 @@ def _largest(e: Expr, wanted: Callable[[Expr], bool]) -> list[Expr]:
     return list(found)
 
 
-def fold_scales(
-    before: tuple[Node, ...], body: tuple[Node, ...], is_number: Callable[[Expr], bool], is_float32: Callable[[Expr], bool]
-) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """A contraction that is used only times one number takes that number in.
+def fold_scales(nodes: tuple[Node, ...], is_number: Callable[[Expr], bool], is_float32: Callable[[Expr], bool]) -> tuple[Node, ...]:
+    """Contractions that are used only times one number take that number in.
 
         s = dot(e) q, K ; t = max(p) s * c ; n = exp(s * c - m)    ->    q = Q * c ; s = dot(e) q, K ; t = max(p) s ; n = exp(s - m)
 
-    Into the operand that is packed before the loop if that is f32 (anything narrower would be rounded again), else into the dot's `post`.
+    Into the operand that is packed before the loops if that is f32 (anything narrower would be rounded again) and all who read it
+    agree, else into the dot's `post`.
     """
-    for dot in [n for n in body if isinstance(n, Dot) and n.post is None and n.update is None]:
-        scale = _only_scale(dot, body)
-        if scale is None or not is_number(scale):
-            continue
-        me = Tile(dot.dst)
-        packed = next((n for n in before if isinstance(n, Map) and Tile(n.dst) in (dot.a, dot.b)), None)
-        alone = packed is not None and _uses(packed.dst, (*before, *body)) == 1
-        if packed is not None and alone and dot.dtype == f32 and is_float32(packed.expr):
-            before = tuple(replace(n, expr=Op("mul", (n.expr, scale))) if n is packed else n for n in before)
-            new: Node = dot
-        else:
-            new = replace(dot, post=Op("mul", (me, scale)))
-        table: dict[Expr, Expr] = {Op("mul", (me, scale)): me, Op("mul", (scale, me)): me}
-        body = tuple(new if n is dot else map_node(n, lambda x, table=table: substitute(x, table)) for n in body)  # type: ignore[misc]
-    return before, body
+    scales: dict[str, Expr] = {}
+    dots: dict[str, Dot] = {}
+    for body in _bodies(nodes):
+        for dot in (n for n in body if isinstance(n, Dot) and n.post is None and n.update is None):
+            scale = _only_scale(dot, body)
+            if scale is not None and is_number(scale):
+                scales[dot.dst], dots[dot.dst] = scale, dot
+    folded: dict[str, Expr] = {}
+    for packed in (n for n in nodes if isinstance(n, Map)):
+        users = [d for d in dots.values() if Tile(packed.dst) in (d.a, d.b) and d.dtype == f32]
+        agreed = {scales[d.dst] for d in users}
+        if len(agreed) == 1 and _uses(packed.dst, nodes) == len(users) and is_float32(packed.expr):
+            folded[packed.dst] = agreed.pop()
+
+    def change(node: Node) -> Node:
+        if isinstance(node, Loop):
+            return replace(node, body=tuple(change(n) for n in node.body))
+        if isinstance(node, Map) and node.dst in folded:
+            node = replace(node, expr=Op("mul", (node.expr, folded[node.dst])))
+        if isinstance(node, Dot) and node.dst in scales:
+            inside = any(isinstance(x, Tile) and x.name in folded for x in (node.a, node.b))
+            return node if inside else replace(node, post=Op("mul", (Tile(node.dst), scales[node.dst])))
+        return map_node(node, lambda e: rewrite(e, unscaled))
+
+    def unscaled(e: Expr) -> Expr | None:
+        if isinstance(e, Op) and e.name == "mul":
+            for x, y in (e.args, e.args[::-1]):
+                if isinstance(x, Tile) and scales.get(x.name) == y:
+                    return x
+        return None
+
+    return tuple(change(n) for n in nodes)
+
+
+def _bodies(nodes: tuple[Node, ...]) -> Iterable[tuple[Node, ...]]:
+    yield from (n.body for n in nodes if isinstance(n, Loop))
 
 
 def _only_scale(dot: Dot, body: Iterable[Node]) -> Expr | None:
@@ -182,8 +202,10 @@ def _only_scale(dot: Dot, body: Iterable[Node]) -> Expr | None:
     return scales.pop() if len(scales) == 1 else None
 
 
-def _uses(tile: str, nodes: Iterable[Node]) -> int:
-    return sum(1 for n in nodes for e in node_expressions(n) for x in walk(e) if x == Tile(tile))
+def _uses(tile: str, nodes: tuple[Node, ...]) -> int:
+    """How often a tile is read, loops included."""
+    here = sum(1 for n in nodes for e in node_expressions(n) for x in walk(e) if x == Tile(tile))
+    return here + sum(_uses(tile, body) for body in _bodies(nodes))
 
 
 def drop_dead(nodes: tuple[Node, ...], live: set[str]) -> tuple[Node, ...]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from ...ir.expr import Const, Expr, Extent, Masked, Op, Read, Seen, Start, Tile, rewrite, walk
 from ...ir.infer import expression_ranks
-from ...ir.plan import Origin, Stage, State, Value
+from ...ir.plan import Origin, Stage, State
 from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce
 from ...ir.types import DType, f32, i32
+from ..passes.stream_reductions import in_flight, rebuild
 from .bounds import loop_bounds
 from .contractions import contraction_type, factors, find_contraction, product
 from .values import IDENTITY, Mode, Section, Values
@@ -65,9 +66,15 @@ class StageLowering:
         v.body = None
         return Loop(self.stream, v.size(self.stream), conditions, bounds, tuple(self.progress.carried), tuple(body))
 
-    def value(self, name: str, state: Callable[[State], Expr], mode: Mode) -> Expr:
-        """A reduction of this stage, rebuilt from its states."""
-        return rebuild(self.by_reduction[name], lambda s: state(self.states[s]), lambda e: self.values.convert(e, mode))
+    def value(self, name: str, state: Callable[[State], Expr], extent: Expr, mode: Mode) -> Expr:
+        """A reduction of this stage, rebuilt from its states, with `extent` elements of the rank seen."""
+        return rebuild(
+            self.by_reduction[name], lambda s: state(self.states[s]), lambda e: self.values.convert(self._in_flight(e, extent), mode)
+        )
+
+    def _in_flight(self, e: Expr, extent: Expr) -> Expr:
+        earlier = self.values.streamed - set(self.by_reduction)
+        return in_flight(e, self.stream, self.by_reduction, earlier, extent)
 
     def counts(self, state: State) -> tuple[Expr, Expr, Expr] | None:
         """(before, after, at the end) of a state that only counts the elements of the rank, which needs no state; else None."""
@@ -85,19 +92,19 @@ class StageLowering:
 
     # modes -----------------------------------------------------------------------------------------------------------
 
-    def _mode(self, state: Callable[[State], Expr], extent: Expr, tiles: dict[str, Expr]) -> Mode:
+    def _mode(self, state: Callable[[State], Expr], extent: Expr) -> Mode:
         def value(name: str) -> Expr:
             if name in self.by_reduction:
-                return self.value(name, state, self._mode(state, extent, tiles))
+                return self.value(name, state, extent, self._mode(state, extent))
             return self.final(name)
 
-        return Mode(value, tiles, extent)
+        return Mode(value, self.progress.origins)
 
     def _running(self) -> Mode:
-        return self._mode(self._after, Seen(self.stream), self.progress.origins)
+        return self._mode(self._after, Seen(self.stream))
 
     def _old(self) -> Mode:
-        return self._mode(self._before, Start(self.stream), self.progress.origins)
+        return self._mode(self._before, Start(self.stream))
 
     def _before(self, state: State) -> Expr:
         count = self.counts(state)
@@ -124,10 +131,10 @@ class StageLowering:
     def _origin(self, o: Origin) -> None:
         """The origin's value for this tile. A maximum is only kept above -inf; any other is carried and kept while not finite."""
         v = self.values
-        running = v.convert(o.expr, self._running())
+        running = v.convert(self._in_flight(o.expr, Seen(self.stream)), self._running())
         if o.kind == "max":
             new: Expr = Op("maximum", (running, LOWEST))
-            self.progress.origins[f"{o.name}.old"] = v.convert(o.expr, self._old())
+            self.progress.origins[f"{o.name}.old"] = v.convert(self._in_flight(o.expr, Start(self.stream)), self._old())
         else:
             carried = v.new_name(f"{o.name}_old")
             ranks = v.ranks_of(running)
@@ -259,20 +266,6 @@ class StageLowering:
     def _tile_or_whole(self, rank: str) -> int | None:
         v = self.values
         return None if rank in v.resident else v.size(rank)
-
-
-def rebuild(value: Value, state: Callable[[str], Expr], convert: Callable[[Expr], Expr]) -> Expr:
-    """A reduction from its states: the sum of outside * state, and what was added."""
-    total: Expr | None = None
-    for outside, name in value.terms:
-        term = state(name)
-        if outside is not None:
-            term = Op("mul", (term, convert(outside)))
-        total = term if total is None else Op("add", (total, term))
-    if value.added is not None:
-        added = convert(value.added)
-        total = added if total is None else Op("add", (total, added))
-    return total if total is not None else Const(0.0)
 
 
 def guard(e: Expr, where: Expr | None, identity: Const) -> Expr:

@@ -22,11 +22,10 @@ IDENTITY: dict[str, Const] = {
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How moving things read at a place: `value` gives a streamed reduction, `tiles` renames origins, `extent` is extent(stream)."""
+    """How moving things read at a place: `value` gives a streamed reduction, `tiles` renames origins."""
 
     value: Callable[[str], Expr]
     tiles: Mapping[str, Expr] = field(default_factory=dict)
-    extent: Expr | None = None
 
 
 @dataclass(slots=True)
@@ -131,8 +130,6 @@ class Values:
                 return self.inner(s, mode)
             case Read(tensor=tensor) if tensor in self.streamed:
                 return mode.value(tensor)
-            case Extent(rank=rank) if rank == self.kernel.stream and mode.extent is not None:
-                return mode.extent
             case Tile(name=name):
                 return mode.tiles.get(name, e)
             case _:

@@ -12,14 +12,14 @@ reason is kept. The result is the `Stage`s of a kernel: semantic, free of tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import sympy as sp
 
 from ...ir.cascade import Cascade, Einsum
-from ...ir.expr import Const, Expr, Index, Op, Read, Tile, reads
+from ...ir.expr import Const, Expr, Extent, Index, Op, Read, Tile, children, reads, with_children
 from ...ir.infer import expression_ranks
 from ...ir.plan import Correction, Domain, Origin, Rejected, Stage, State, Value
 from .algebra import Barrier, Closure, Symbols, close, to_expr, to_sympy
@@ -120,7 +120,8 @@ class Streamer:
             factors = [*peeled] if outside == 1 else [*peeled, to_expr(outside, symbols, symbols.meaning)]
             terms.append((_product(factors), state))
         added = None if factored.added == 0 else to_expr(factored.added, symbols, symbols.meaning)
-        draft.values.append(Value(r.out, r.op or "sum", tuple(terms), added))
+        guarded = r.where is not None and r.op == "sum"
+        draft.values.append(Value(r.out, r.op or "sum", tuple(terms), added, guarded))
         draft.reductions.append(r)
 
     def _inlined(self, e: Expr, moving: frozenset[str]) -> Expr:
@@ -290,6 +291,41 @@ def bound_of(condition: Expr, rank: str) -> tuple[str, Expr] | None:
             case _:
                 return None
     return name, right
+
+
+def in_flight(e: Expr, rank: str, moving: Container[str], earlier: Container[str], extent: Expr) -> Expr:
+    """`e` with extent(rank) read as `extent`, but where it belongs to a reduction of an earlier stage, which is complete.
+
+    Args:
+        moving: the reductions of this stage.
+        earlier: those of earlier stages.
+    """
+    found = [r.tensor for r in reads(e)]
+    if any(name in earlier for name in found) and not any(name in moving for name in found):
+        return e
+    if e == Extent(rank):
+        return extent
+    return with_children(e, tuple(in_flight(child, rank, moving, earlier, extent) for child in children(e)))
+
+
+def rebuild(value: Value, state: Callable[[str], Expr], convert: Callable[[Expr], Expr]) -> Expr:
+    """A reduction from its states: the sum of outside * state, and what was added.
+
+    Args:
+        state: the expression of a state by name.
+        convert: what a coefficient reads as at this place.
+    """
+    total: Expr | None = None
+    for outside, name in value.terms:
+        term = state(name)
+        if outside is not None:
+            scaled = Op("mul", (term, convert(outside)))
+            term = Op("where", (Op("eq", (term, Const(0.0))), Const(0.0), scaled)) if value.guarded else scaled
+        total = term if total is None else Op("add", (total, term))
+    if value.added is not None:
+        added = convert(value.added)
+        total = added if total is None else Op("add", (total, added))
+    return total if total is not None else Const(0.0)
 
 
 def _product(factors: list[Expr]) -> Expr | None:

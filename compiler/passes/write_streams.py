@@ -15,9 +15,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...ir.cascade import Cascade, Einsum, Iterate, IterState, Statement
-from ...ir.expr import Const, Expr, Extent, Index, Op, Read, Seen, Start, Tile, aligned, reads, rewrite
+from ...ir.expr import Const, Expr, Extent, Index, Op, Read, Tile, aligned, reads, rewrite
 from ...ir.plan import KernelPlan, Origin, Plan, Stage, State, Value
 from .graph import dependencies, drop_unused, fresh
+from .stream_reductions import in_flight, rebuild
 
 LOWEST = Const(-3.4028234663852886e38)
 
@@ -62,6 +63,7 @@ class _StageWriter:
         self.stream = kernel.stream or ""
         self.taken = set(cascade.tensor_ranks()) | {s.name for s in stage.states} | set(cascade.all_ranks())
         self.values = {v.reduction: v for v in stage.values}
+        self.earlier = {r.out for s in kernel.stages for r in s.reductions} - set(self.values)
         self.ranks = {r.out: r.ranks for r in stage.reductions}
         self.of_state = {s.name: s for s in stage.states}
         self.state_name = {s.name: self._name(f"{s.name}_run") for s in stage.states}
@@ -89,23 +91,21 @@ class _StageWriter:
             for state in owned:
                 self._state(state)
         block = Iterate(self.stream, tuple(self.states), tuple(self.body))
-        after = [Einsum(r.out, r.ranks, self._rebuilt(self.values[r.out], self.state_name, Extent(self.stream))) for r in self.stage.reductions]
+        end = Extent(self.stream)
+        after = [Einsum(r.out, r.ranks, self._rebuilt(self.values[r.out], self.state_name, end)) for r in self.stage.reductions]
         return [block, *after]
 
     def _rebuilt(self, value: Value, names: dict[str, str], extent: Expr) -> Expr:
-        total: Expr | None = None
-        for outside, state in value.terms:
-            term: Expr = aligned(names[state], *self.of_state[state].ranks)
-            if outside is not None:
-                term = Op("mul", (term, self._resolved(outside, names, extent)))
-            total = term if total is None else Op("add", (total, term))
-        if value.added is not None:
-            added = self._resolved(value.added, names, extent)
-            total = added if total is None else Op("add", (total, added))
-        return total if total is not None else Const(0.0)
+        return rebuild(
+            value, lambda state: aligned(names[state], *self.of_state[state].ranks), lambda e: self._moving(e, names, extent)
+        )
+
+    def _moving(self, e: Expr, names: dict[str, str], extent: Expr) -> Expr:
+        """`e` while `extent` elements of the rank have been seen."""
+        return self._resolved(in_flight(e, self.stream, self.values, self.earlier, extent), names, extent)
 
     def _resolved(self, e: Expr, names: dict[str, str], extent: Expr) -> Expr:
-        """`e` with reductions of this stage rebuilt from `names`, origins as statements, extent(stream) as `extent`."""
+        """`e` with reductions of this stage rebuilt from `names` (`extent` elements seen) and origins as statements."""
 
         def rule(node: Expr) -> Expr | None:
             match node:
@@ -116,12 +116,6 @@ class _StageWriter:
                     return aligned(self.old_name[origin.name], *origin.ranks)
                 case Tile(name=name):
                     return aligned(self.origin_name[name], *self._origin_of(name).ranks)
-                case Extent(rank=rank) if rank == self.stream:
-                    return extent
-                case Start(rank=rank) if rank == self.stream:
-                    return Index(rank)
-                case Seen(rank=rank) if rank == self.stream:
-                    return Op("add", (Index(rank), Const(1)))
                 case _:
                     return None
 
@@ -132,7 +126,7 @@ class _StageWriter:
 
     def _origin(self, o: Origin) -> None:
         seen = Op("add", (Index(self.stream), Const(1)))
-        value = self._resolved(o.expr, self.new_name, seen)
+        value = self._moving(o.expr, self.new_name, seen)
         old = aligned(self.old_name[o.name], *o.ranks)
         if o.kind == "max":
             new: Expr = Op("maximum", (value, LOWEST))
