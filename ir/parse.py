@@ -351,7 +351,7 @@ class _Builder:
         match tree.data:
             case "einsum":
                 name, ranks = self.left(children[0])
-                return Einsum(name, ranks, self.expr(children[1]), location=place)
+                return Einsum(name, ranks, self.expr(children[1]), where=self._where(children[2]), location=place)
             case "reduction":
                 name, ranks = self.left(children[0])
                 _, op, over, where, x = children

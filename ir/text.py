@@ -207,8 +207,8 @@ def _iterate(s: Iterate, indent: str, pieces: dict[str, tuple[str, ...]] | None,
 
 def _right(s: Statement, pieces: dict[str, tuple[str, ...]] | None, style: _Style) -> str:
     match s:
-        case Einsum(op=None, expr=expr):
-            return _expr(expr, style)
+        case Einsum(op=None, expr=expr, where=where):
+            return _expr(expr, style) + _where(where, style)
         case Einsum(op=str(op), over=over, expr=expr, where=where):
             return f"{op}({','.join(over)}{_where(where, style)}) {_expr(expr, style)}"
         case Scan(op=op, over=rank, exclusive=exclusive, expr=expr, where=where):
