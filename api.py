@@ -213,7 +213,7 @@ class Kernel:
             if self._memo_settings is not current():
                 self._memo.clear()
                 self._memo_settings = current()
-            executable = self._executable(call.cascade, call.sizes(), self._target("cpu"), None)
+            executable = self._executable(call.asked(), self._target("cpu"), None)
             bound = executable.bind(call.tensors)
             if len(self._memo) >= MEMO_LIMIT:
                 self._memo.clear()
@@ -260,11 +260,12 @@ class Kernel:
                 self._targets[target] = load_target(target)
             return self._targets[target]
 
-    def _executable(self, cascade: Cascade, sizes: Mapping[str, int], target: Target, schedule: Schedule | None) -> Executable:
-        """The executable for these extents: one built before if it serves them, else a new one."""
+    def _executable(self, asked: Asked, target: Target, schedule: Schedule | None) -> Executable:
+        """The executable for these extents and layouts: one built before if it serves them, else a new one."""
         from .compiler.driver import compile_cascade
         from .tuner.database.records import bucket_text, extents_of
 
+        cascade, sizes = asked.cascade, asked.sizes
         if schedule is None:
             schedule, given = _known_schedule(cascade, sizes, target), False
         else:
@@ -273,9 +274,11 @@ class Kernel:
         with self._lock:
             built = self._executables.setdefault(key, [])
             for executable in built:
-                if executable.fits(sizes):
+                if executable.fits(sizes, asked.strided):
                     return executable
-            executable = compile_cascade(cascade, sizes=sizes, target=target, schedule=schedule, fall_back=not given)
+            executable = compile_cascade(
+                cascade, sizes=sizes, target=target, schedule=schedule, fall_back=not given, strided=asked.strided
+            )
             built.append(executable)
             return executable
 
@@ -285,19 +288,19 @@ class Kernel:
         dims: Mapping[str, int] | None = None,
         dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
         **named: Any,
-    ) -> tuple[Cascade, dict[str, int]]:
+    ) -> Asked:
         """The cascade and the extent of every rank of a call, given by tensors or by `dims` and `dtypes`. Scalars may be left out."""
         parameters = self._parameters
         if tensors or any(name in parameters.tensors for name in named):
             if dims is not None or dtypes is not None:
                 raise BindingError("both tensors and dims or dtypes are given", cascade=self.name, hint="one or the other")
             call = self._prepare(tensors, {**{name: 0.0 for name, _ in parameters.scalars}, **named})
-            return call.cascade, call.sizes()
+            return call.asked()
         from .compiler.binding import complete_sizes
 
         scalars = {name for name, _ in parameters.scalars}
         cascade = self.trace(dtypes=dtypes, **{name: value for name, value in named.items() if name not in scalars})
-        return cascade, complete_sizes(cascade, dims or {})
+        return Asked(cascade, complete_sizes(cascade, dims or {}))
 
     # -- everything about it ------------------------------------------------------------------------------------------------------
 
@@ -316,8 +319,8 @@ class Kernel:
         """
         from .compiler.report import explain
 
-        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
-        report = explain(cascade, sizes, self._target(target))
+        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        report = explain(asked.cascade, asked.sizes, self._target(target))
         if show:
             report.print()
         return report
@@ -335,9 +338,9 @@ class Kernel:
 
         Raises `UnsupportedError` where the target cannot, `ScheduleError` for a schedule that is not legal, `BuildError` from its tools.
         """
-        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
         chosen = Schedule.from_dict(schedule) if isinstance(schedule, Mapping) else schedule
-        return self._executable(cascade, sizes, self._target(target), chosen)
+        return self._executable(asked, self._target(target), chosen)
 
 
     def tune(
@@ -368,7 +371,8 @@ class Kernel:
         place = current().database if database is None else Path(database)
         if place is None:
             raise DatabaseError("no tuning database is set", hint="database=..., or EINFALL_DB")
-        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        cascade, sizes = asked.cascade, asked.sizes
         scalars = {s.name: float(self._split(named)[0].get(s.name, 1.0)) for s in cascade.scalars}
         try:
             return tune(
@@ -400,13 +404,14 @@ class Kernel:
 
         scalars, static = self._split(named)
         if tensors or any(name in self._parameters.tensors for name in named):
-            cascade, fixed = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+            asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+            cascade, fixed = asked.cascade, asked.sizes
         else:
             cascade, fixed = self.trace(dtypes=dtypes, **static), dict(dims or {})
         machine = self._target(target)
 
         def build(sizes: Mapping[str, int]) -> Executable:
-            return self._executable(cascade, sizes, machine, None)
+            return self._executable(Asked(cascade, sizes), machine, None)
 
         return check_kernel(
             cascade, build, target=target, scalars=scalars, fixed=fixed, trials=trials, seed=seed, on_trial=on_trial
@@ -435,10 +440,10 @@ class Kernel:
         from .schedules.default import default_schedule
         from .tuner.compare import compare
 
-        cascade, sizes = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
-        machine = self._target(target)
-        best = self._executable(cascade, sizes, machine, None)
-        default = self._executable(cascade, sizes, machine, default_schedule(best.plan, sizes, machine))
+        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        cascade, sizes, machine = asked.cascade, asked.sizes, self._target(target)
+        best = self._executable(Asked(cascade, sizes), machine, None)
+        default = self._executable(Asked(cascade, sizes), machine, default_schedule(best.plan, sizes, machine))
         tuned = best.schedule != default.schedule
         return compare(
             cascade,
@@ -461,6 +466,15 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What a call asks of the compiler: a cascade, the extent of every rank, and the inputs whose last axis is not contiguous."""
+
+    cascade: Cascade
+    sizes: Mapping[str, int]
+    strided: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class _Call:
     """A call with its arguments in order."""
 
@@ -473,10 +487,13 @@ class _Call:
     def by_name(self) -> dict[str, torch.Tensor]:
         return {t.name: tensor for t, tensor in zip(self.cascade.inputs, self.tensors, strict=True)}
 
-    def sizes(self) -> dict[str, int]:
+    def asked(self) -> Asked:
+        from .compiler.binding import strided_inputs
         from .ir.binding import bind_sizes
 
-        return bind_sizes(self.cascade, self.by_name)
+        tensors = self.by_name
+        sizes = bind_sizes(self.cascade, tensors)
+        return Asked(self.cascade, sizes, strided_inputs(tensors))
 
 
 @functools.cache

@@ -103,6 +103,8 @@ def arguments(cascade: Cascade, tensors: Sequence[Any], named: Mapping[str, Any]
         if not isinstance(given[name], torch.Tensor):
             kind = type(given[name]).__name__
             raise BindingError(f"{name} is a {kind}, expected a torch.Tensor", cascade=cascade.name, hint=f"torch.as_tensor({name})")
+        if given[name].layout is not torch.strided:
+            raise BindingError(f"{name} has the layout {given[name].layout}", cascade=cascade.name, hint=f"{name}.to_dense()")
     for name in scalars:
         if name not in values:
             raise BindingError(f"the scalar {name} is not given", cascade=cascade.name, hint=f"{name}=... by name")
@@ -119,6 +121,11 @@ def _number(cascade: Cascade, name: str, value: Any, *, whole: bool) -> float | 
     if whole and number != int(number):
         raise BindingError(f"the scalar {name} is {value!r}, expected a whole number", cascade=cascade.name)
     return int(number) if whole else number
+
+
+def strided_inputs(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """The tensors whose elements along the last axis do not follow each other in memory."""
+    return frozenset(name for name, t in tensors.items() if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1)
 
 
 def given_outputs(
@@ -145,6 +152,8 @@ def given_outputs(
             )
         if tensor.requires_grad or any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
             raise BindingError(f"{what} is an expanded view or requires a gradient", cascade=cascade.name, hint="a tensor of its own")
+        if strided_inputs({declared.name: tensor}):
+            raise BindingError(f"{what} is not contiguous along its last axis", cascade=cascade.name, hint="leave out= away")
         for name, other in others:
             if _overlap(tensor, other):
                 raise BindingError(f"{what} shares memory with {name}", cascade=cascade.name, hint="kernels do not work in place")

@@ -135,6 +135,13 @@ class DiskCache:
             return
         text = f"einfall: the cache entry {folder} is damaged ({reason}); it is removed and built again"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
+        self.discard(kind, key)
+
+    def discard(self, kind: str, key: str) -> None:
+        """Remove the entry of `key`, if there is one."""
+        folder = self.folder(kind, key)
+        if folder is None or not folder.is_dir():
+            return
         with contextlib.suppress(OSError):  # moved aside first: a rename cannot be half done
             aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent))
             os.replace(folder, aside / "entry")

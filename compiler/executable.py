@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends.registry import backend_for
 from ..ir.binding import bind_sizes, to_torch
 from ..ir.cascade import Axis, Cascade
 from ..ir.errors import BindingError, UnsupportedError
 from ..ir.tile import TileProgram
 from ..ir.types import dtype as dtype_named
 from ..schedules.schedule import Schedule
-from .binding import arguments, given_outputs, shape_of
+from .binding import arguments, given_outputs, shape_of, strided_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..backends.base import Artifact
+    from ..backends.base import Artifact, Source
     from ..ir.plan import Plan
+    from ..schedules.target import Target
 
 MEMO_LIMIT = 4096  # signatures kept; a cache that grows by one key a step would otherwise never stop
 
@@ -84,6 +86,39 @@ class Call:
         )
 
 
+@dataclass(slots=True)
+class Part:
+    """One kernel of an executable: how it is called, its source, and its binary, in memory or in a file.
+
+    A binary in a file is loaded when it is first called; until then the target's toolkit is not imported.
+    """
+
+    call: Call
+    source: Source
+    facts: Mapping[str, Any]
+    artifact: Artifact | None = None
+    path: Path | None = None
+
+    def restored(self) -> Artifact:
+        """The binary in memory. Raises `BuildError` if its file cannot be loaded."""
+        if self.artifact is None:
+            if self.path is None:
+                raise AssertionError("a part has an artifact or a path")
+            self.artifact = backend_for(self.source.target).restore(self.path, self.source)
+        return self.artifact
+
+    def function(self) -> Function:
+        """`launch(*inputs, *outputs, *scalars)`."""
+        return backend_for(self.source.target).load(self.restored())
+
+    def binary(self, scratch: Path) -> Path:
+        """A file that holds the binary; `scratch` is written if there is none yet."""
+        if self.path is not None and self.path.is_file():
+            return self.path
+        backend_for(self.source.target).save(self.restored(), scratch)
+        return scratch
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A launch with its arguments as positions: in the list of inputs, outputs and temporaries, and in that of scalars."""
@@ -109,27 +144,27 @@ class Executable:
     Attributes:
         cascade, target, sizes: what was compiled, for which machine, and the extents of the call it was compiled for.
         schedule: the schedule of its kernels, as given or chosen.
-        source: the text that was handed to the target's compiler, all kernels.
-        artifacts: what that compiler made, one a kernel.
-        facts: what is known of the binaries.
+        parts: the kernels, in launch order.
+        static: the extents that kernels were specialised to.
+        strided: inputs whose last axis need not be contiguous.
     """
 
     def __init__(
         self,
         cascade: Cascade,
-        target: str,
+        target: Target,
         schedule: Schedule,
         sizes: Mapping[str, int],
-        calls: Sequence[Call],
-        artifacts: Sequence[Artifact],
+        parts: Sequence[Part],
+        strided: frozenset[str] = frozenset(),
     ) -> None:
         self.cascade = cascade
         self.target = target
         self.schedule = schedule
         self.sizes = dict(sizes)
-        self.calls = tuple(calls)
-        self.artifacts = tuple(artifacts)
-        self.static = {rank: size for call in calls for rank, size in call.static}
+        self.parts = tuple(parts)
+        self.strided = strided
+        self.static = {rank: size for part in parts for rank, size in part.call.static}
         self._names = tuple(t.name for t in cascade.inputs)
         self._scalars = tuple(s.name for s in cascade.scalars)
         self._converters = tuple((s.name, float if s.dtype.is_float else int) for s in cascade.scalars)
@@ -182,14 +217,23 @@ class Executable:
             self._memo[key] = bound
         return bound
 
-    def fits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the kernels serve these extents, that is, whether the ones they were specialised to are the same."""
-        return all(sizes.get(rank, size) == size for rank, size in self.static.items())
+    def fits(self, sizes: Mapping[str, int], strided: frozenset[str] = frozenset()) -> bool:
+        """Whether the kernels serve these extents and layouts, that is, whether what they were specialised to is the same."""
+        return strided <= self.strided and all(sizes.get(rank, size) == size for rank, size in self.static.items())
+
+    def remember(self, plan: Plan, programs: Sequence[TileProgram]) -> None:
+        """Keep what the executable was made from, which is otherwise worked out again when it is asked for."""
+        self._plan, self._programs = plan, tuple(programs)
 
     @property
     def source(self) -> str:
         """The emitted source of all kernels, in launch order."""
-        return "\n\n".join(artifact.source.text for artifact in self.artifacts)
+        return "\n\n".join(part.source.text for part in self.parts)
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What the target's compiler made, one a kernel, in launch order."""
+        return tuple(part.restored() for part in self.parts)
 
     @property
     def artifact(self) -> Artifact:
@@ -199,10 +243,7 @@ class Executable:
     @property
     def facts(self) -> dict[str, Any]:
         """What is known of the binary; by kernel where there are several."""
-        from ..backends.registry import backend_for
-
-        found = [backend_for(a.source.target).facts(a) for a in self.artifacts]
-        return dict(found[0]) if len(found) == 1 else {call.kernel: dict(f) for call, f in zip(self.calls, found, strict=True)}
+        return dict(self.parts[0].facts) if len(self.parts) == 1 else {part.call.kernel: dict(part.facts) for part in self.parts}
 
     @property
     def plan(self) -> Plan:
@@ -238,8 +279,8 @@ class Executable:
 
     def __repr__(self) -> str:
         static = ", ".join(f"{rank}={size}" for rank, size in self.static.items()) or "nothing"
-        kernels = ", ".join(call.kernel for call in self.calls)
-        return f"<einfall.Executable {self.cascade.name} for {self.target}: {kernels}; specialised to {static}>"
+        kernels = ", ".join(part.call.kernel for part in self.parts)
+        return f"<einfall.Executable {self.cascade.name} for {self.target.name}: {kernels}; specialised to {static}>"
 
     # -- the slow path: a signature seen for the first time, tensors by name, or a mistake ----------------------------------------
 
@@ -261,23 +302,26 @@ class Executable:
         return self._steps(sizes, any(t.requires_grad for t in tensors.values()))
 
     def _check_kind(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.layout is not torch.strided:
-            raise BindingError(f"{name} has the layout {tensor.layout}", cascade=self.cascade.name, hint=f"{name}.to_dense()")
         if not tensor.is_cpu:
             raise UnsupportedError(
-                f"{name} lies on {tensor.device}; this executable was built for {self.target}",
+                f"{name} lies on {tensor.device}; this executable was built for {self.target.name}",
                 cascade=self.cascade.name,
                 hint=f"{name}.cpu(): kernels of this version run on the CPU",
+            )
+        if name not in self.strided and name in strided_inputs({name: tensor}):
+            raise BindingError(
+                f"{name} has stride {tensor.stride(-1)} along its last axis, but this executable was built for contiguous rows",
+                cascade=self.cascade.name,
+                hint=f"call the kernel itself, which builds for such a layout, or .compile() with such a tensor, or {name}.contiguous()",
             )
         if tensor.is_neg():
             raise BindingError(f"{name} is a lazily negated view", cascade=self.cascade.name, hint=f"{name}.resolve_neg()")
 
     def _steps(self, sizes: Mapping[str, int], differentiable: bool) -> Bound:
         if self._functions is None:
-            from ..backends.registry import backend_for
-
-            self._functions = tuple(backend_for(a.source.target).load(a) for a in self.artifacts)
-        written = {o.name: o for call in self.calls for o in call.outputs}
+            self._functions = tuple(part.function() for part in self.parts)
+        calls = [part.call for part in self.parts]
+        written = {o.name: o for call in calls for o in call.outputs}
         results = [o.name for o in self.cascade.outputs]
         temporaries = [name for name in written if name not in results]
         slot = {name: i for i, name in enumerate((*self._names, *results, *temporaries))}
@@ -290,7 +334,7 @@ class Executable:
                 tuple(slot[name] for name in (*call.inputs, *(o.name for o in call.outputs))),
                 tuple(self._scalars.index(name) for name in call.scalars),
             )
-            for function, call in zip(self._functions, self.calls, strict=True)
+            for function, call in zip(self._functions, calls, strict=True)
             if all(size > 0 for o in call.outputs for size in shape_of(o.axes, sizes))  # nothing to write, nothing to launch
         )
         return Bound(allocated, len(results), steps, differentiable)
@@ -301,6 +345,6 @@ class Executable:
             raise UnsupportedError(
                 f"{' and '.join(names)} require{'s' if len(names) == 1 else ''} a gradient, and kernels have no backward yet",
                 cascade=self.cascade.name,
-                hint="call it under torch.no_grad(), or pass .detach()ed tensors; .reference(...) is differentiable",
+                hint="call it under torch.no_grad(), or pass .detach()ed tensors",
             )
         return [t.detach() for t in tensors]

@@ -1,0 +1,199 @@
+"""From a cascade to an executable: look up, derive, lower, build, and keep what was built on disk by content.
+
+Two kinds of entries are kept. `artifact`: a binary under the hash of its emitted source, the toolchain and the target. `compiled`:
+which kernels a cascade became at some extents under a schedule. So the same call in another process runs nothing but a few file
+reads, and two cascades or extents that come out as the same source share one binary.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..backends.base import Source
+from ..backends.registry import backend_for
+from ..configuration import current
+from ..ir.cascade import Cascade
+from ..ir.errors import EinfallError, ScheduleError
+from ..ir.plan import Plan
+from ..ir.tile import TileProgram
+from ..schedules.schedule import Schedule
+from ..schedules.target import Target, load_target
+from .cache import DiskCache, key_of, package_fingerprint
+from .executable import Call, Executable, Part
+from .store import executable_of, manifest, toolchain
+
+FORMAT = 1  # of the entries; raised when their layout changes
+SOURCE, BINARY = "kernel.py", "kernel.so"
+Lookup = Callable[[Cascade, Mapping[str, int], Target], Schedule | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """What stands before the toolchain: the plan, the schedule it is lowered by, the programs and their sources."""
+
+    plan: Plan
+    schedule: Schedule
+    programs: tuple[TileProgram, ...]
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be compiled: a cascade at some extents and layouts for a machine."""
+
+    cascade: Cascade
+    sizes: Mapping[str, int]
+    target: Target
+    strided: frozenset[str]
+
+    def key(self, schedule: Schedule | None) -> str:
+        """The name under which the result is kept: everything that the derivation depends on."""
+        return key_of(
+            str(FORMAT),
+            package_fingerprint(),
+            str(self.cascade),
+            json.dumps([dict(self.sizes), sorted(self.strided)], sort_keys=True),
+            machine_text(self.target),
+            "default" if schedule is None else schedule.to_json(),
+        )
+
+
+def compile_cascade(
+    cascade: Cascade,
+    *,
+    sizes: Mapping[str, int],
+    target: str | Target = "cpu",
+    schedule: Schedule | None = None,
+    database: Lookup | None = None,
+    fall_back: bool = False,
+    strided: frozenset[str] = frozenset(),
+    cache: DiskCache | Path | str | None = None,
+) -> Executable:
+    """Build `cascade` for `target`.
+
+    Args:
+        sizes: the extent of every rank at the call. The kernels serve other extents as well, except those they are specialised to.
+        schedule: None asks `database`, and takes the default where that knows nothing.
+        fall_back: whether a given schedule is only a suggestion: one that is not legal here is replaced by the default.
+        strided: inputs whose last axis need not be contiguous.
+        cache: the disk cache or its folder; that of the settings if None.
+
+    Raises `UnsupportedError`, `ScheduleError` or `BuildError`.
+    """
+    machine = load_target(target) if isinstance(target, str) else target
+    order = Order(cascade, dict(sizes), machine, strided)
+    store = cache if isinstance(cache, DiskCache) else DiskCache(current().cache if cache is None else Path(cache))
+    if schedule is None and database is not None:
+        schedule, fall_back = database(cascade, sizes, machine), True
+    try:
+        return _compile(order, schedule, store)
+    except ScheduleError as error:
+        if schedule is None or not fall_back:
+            raise
+        _say(f"the schedule {schedule.hash} is not legal here, the default is taken", error)
+        return _compile(order, None, store)
+
+
+def _compile(order: Order, schedule: Schedule | None, store: DiskCache) -> Executable:
+    key = order.key(schedule)
+    found = _from_cache(order, key, store)
+    if found is not None:
+        return found
+    lowered = lower_cascade(order, schedule)
+    parts, names = [], []
+    for program, source in zip(lowered.programs, lowered.sources, strict=True):
+        name = key_of(str(FORMAT), source.text, machine_text(order.target))
+        parts.append(_part(Call.of(program), source, name, store))
+        names.append({"artifact": name, "source": SOURCE, "binary": BINARY})
+    executable = Executable(order.cascade, order.target, lowered.schedule, order.sizes, parts, order.strided)
+    executable.remember(lowered.plan, lowered.programs)
+    store.put("compiled", key, manifest(executable, names), {})
+    return executable
+
+
+def _from_cache(order: Order, key: str, store: DiskCache) -> Executable | None:
+    entry = store.get("compiled", key)
+    if entry is None:
+        return None
+
+    def file(kernel: Mapping[str, Any], kind: str) -> Path:
+        artifact = store.get("artifact", str(kernel["artifact"]))
+        if artifact is None:
+            raise FileNotFoundError
+        return artifact.file(str(kernel[kind]))
+
+    try:
+        return executable_of(entry.facts, file, order.cascade)
+    except FileNotFoundError:  # a binary was damaged and removed, or cleaned away: it is built again
+        store.discard("compiled", key)
+    except (EinfallError, KeyError, TypeError, ValueError, AttributeError) as error:
+        store.drop("compiled", key, f"{type(error).__name__}: {error}")
+    return None
+
+
+def _part(call: Call, source: Source, name: str, store: DiskCache) -> Part:
+    """A kernel from the cache, or built and stored there."""
+    entry = store.get("artifact", name)
+    if entry is not None and isinstance(entry.facts.get("facts"), dict):
+        return Part(call, source, entry.facts["facts"], path=entry.file(BINARY))
+    backend = backend_for(source.target)
+    artifact = backend.build(source)
+    facts = dict(backend.facts(artifact))
+    if store.root is not None:
+        with tempfile.TemporaryDirectory(prefix="einfall-") as scratch:
+            binary = Path(scratch) / BINARY
+            backend.save(artifact, binary)
+            store.put("artifact", name, {"facts": facts, "toolchain": list(toolchain())}, {SOURCE: source.text.encode(), BINARY: binary})
+    return Part(call, source, facts, artifact=artifact)
+
+
+def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
+    """Everything before the toolchain: derive the plan, take the default schedule if none is given, lower and emit."""
+    from ..schedules.default import default_schedule
+    from .lower import lower
+    from .passes import make_plan
+
+    backend = backend_for(order.target)
+    if current().debug:
+        _trace_passes(order.cascade)
+    plan = make_plan(order.cascade, order.sizes)
+    chosen = default_schedule(plan, order.sizes, order.target) if schedule is None else schedule
+    programs = lower(plan, chosen, order.sizes)
+    if current().debug:
+        from ..ir.check import check_program
+
+        for program in programs:
+            _say("tile program", program)
+            check_program(program)
+    return Lowered(plan, chosen, programs, tuple(backend.emit(p, chosen, order.target, strided=order.strided) for p in programs))
+
+
+def machine_text(target: Target) -> str:
+    """What of a machine and its tools decides about code: features and limits, not measured speeds."""
+    known = [target.kind, target.name, target.description, target.cores, target.features, target.limits]
+    return json.dumps([*known, current().threads, toolchain()])
+
+
+def _trace_passes(cascade: Cascade) -> None:
+    """Under the debug setting: print the cascade after every pass that changes it, and check it."""
+    from ..ir.check import check_cascade
+    from .passes import PIPELINE
+
+    _say("cascade", cascade)
+    for rewrite, _ in PIPELINE:
+        changed = rewrite(cascade)
+        if changed != cascade:
+            _say(rewrite.__name__, changed)
+            check_cascade(changed)
+        cascade = changed
+
+
+def _say(title: str, thing: object) -> None:
+    if current().debug:
+        sys.stderr.write(f"-- {title}\n{thing}\n")
