@@ -10,7 +10,7 @@ import torch
 from ..compiler.binding import shape_of
 from ..ir.binding import to_torch
 from ..ir.cascade import Cascade, Iterate, Scatter, Statement, Tensor, expressions
-from ..ir.expr import Const, Expr, Extent, Index, Op, Read, reads, walk
+from ..ir.expr import Const, Expr, Extent, Index, Op, Read, children, reads, walk
 from ..ir.types import DType
 
 Distribution = Literal["normal", "uniform", "offset", "tiny", "holes"]
@@ -53,7 +53,10 @@ def _tensor(
     if t.dtype.name == "e8m0":  # a scale: a positive power of two near 1
         values = torch.exp2(values.clamp(-4, 4).round())
     elif holed and distribution == "holes":
-        values = torch.where(torch.rand(shape, generator=rng) < _HOLES, float("-inf"), values)
+        holes = torch.rand(shape, generator=rng) < _HOLES
+        if values.numel() > 1 and not holes.any():
+            holes.view(-1)[int(torch.randint(values.numel(), (1,), generator=rng))] = True
+        values = torch.where(holes, float("-inf"), values)
     return values.to(to_torch(t.dtype))
 
 
@@ -84,10 +87,19 @@ def integer_ranges(cascade: Cascade, sizes: Mapping[str, int]) -> dict[str, tupl
                 gathers[name] = min(gathers.get(name, highest), highest)
     for e in _nodes(cascade.body):
         if isinstance(e, Op) and e.name in _COMPARES:
-            indexed = [node.rank for node in walk(e) if isinstance(node, Index)]
+            indexed = [rank for arg in e.args for rank in _bare_indices(arg)]
             for name in {read.tensor for read in reads(e)} & integers:
                 compared[name] = max([compared.get(name, 0), *(sizes[rank] for rank in indexed if rank in sizes)])
     return {name: (0, highest) for name, highest in {**compared, **gathers}.items() if highest > 0 or name in gathers}
+
+
+def _bare_indices(e: Expr) -> Iterator[str]:
+    """The ranks whose index enters the value of `e` itself, not only the place where a tensor is read."""
+    if isinstance(e, Index):
+        yield e.rank
+    elif not isinstance(e, Read):
+        for child in children(e):
+            yield from _bare_indices(child)
 
 
 def _nodes(body: tuple[Statement, ...]) -> Iterator[Expr]:

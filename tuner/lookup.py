@@ -130,7 +130,7 @@ class Lookup:
         except (EinfallError, OSError) as error:
             self._disconnect()
             self._clear()
-            self.problem = str(error)
+            self.problem = str(schema.missing(self.path) if isinstance(error, FileNotFoundError) else error)
 
     def _stamp_of(self) -> object:
         """What changes when the file is replaced or written to."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 P = TypeVar("P", bound=Hashable)
-ENUMERATED = 200_000  # a larger space is sampled even if it could be iterated
+ENUMERATED = 4096  # a larger space is sampled, if it can be, rather than listed
 PriorFunction = Callable[[Sequence[Any]], Sequence[float]]
 
 
