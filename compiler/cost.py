@@ -1,6 +1,5 @@
 """What a cascade costs at the least: bytes, live intermediates, and the time a target's bandwidth and units allow.
 
-    complete_sizes    every rank's extent, as far as it follows from the given ones
     minimal_traffic   bytes: each input once, each output once
     live_footprint    bytes of the intermediates that must be held, given the passes
     roofline          the larger of bytes / bandwidth and operations / peak, and which it is
@@ -15,93 +14,16 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from ..ir.cascade import Cascade, Concat, Iterate, Populate, Statement, Tensor, defined, expressions
+from ..ir.cascade import Cascade, Iterate, Statement, Tensor, defined, expressions
 from ..ir.errors import CascadeError
-from ..ir.expr import Const, Expr, Extent, Index, Op, Read, index_ranks, reads, walk
+from ..ir.expr import Expr, Index, Read, index_ranks, reads
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, Plan
 from ..ir.types import DType
 from ..schedules.target import Target
-from .analysis import fiber, trace_flow
+from .flow import fiber, trace_flow
 from .operations import Work, operations
-
-# sizes ------------------------------------------------------------------------------------------------------------------
-
-
-def complete_sizes(c: Cascade, sizes: Mapping[str, int]) -> dict[str, int]:
-    """`sizes` and every extent that follows: declared sizes, products with one unknown factor, top-k's slots, renamed ranks.
-
-    Raises `CascadeError` for a rank the cascade does not have, a size below 0, and a product that leaves a remainder.
-    """
-    known = c.all_ranks()
-    for rank, size in sizes.items():
-        if rank not in known:
-            raise CascadeError(f"unknown rank {rank!r} among the sizes", cascade=c.name, hint="the ranks are " + ", ".join(known))
-        if size < 0:
-            raise CascadeError(f"rank {rank} is given the size {size}", cascade=c.name, hint="a size is 0 or more")
-    result = dict(sizes)
-    before = -1
-    while len(result) > before:
-        before = len(result)
-        result = c.solve_sizes(result)
-        for declaration in c.ranks:
-            _solve_part(c, declaration.name, declaration.size, result)
-        for s in _statements(c.body):
-            _learn(c, s, result)
-    return {rank: result[rank] for rank in (*known, *result) if rank in result}
-
-
-def missing_sizes(c: Cascade, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The ranks whose extent does not follow from `sizes`, in order of first appearance."""
-    known = complete_sizes(c, sizes)
-    return tuple(rank for rank in c.all_ranks() if rank not in known)
-
-
-def _solve_part(c: Cascade, rank: str, size: Expr, known: dict[str, int]) -> None:
-    """The one unknown factor or piece of `rank`, if it follows."""
-    if rank not in known or not isinstance(size, Op) or size.name not in ("mul", "add"):
-        return
-    leaves = [node for node in walk(size) if isinstance(node, (Extent, Const))]
-    unknown = [leaf.rank for leaf in leaves if isinstance(leaf, Extent) and leaf.rank not in known]
-    if len(unknown) != 1:
-        return
-    others = [int(leaf.value) if isinstance(leaf, Const) else known[leaf.rank] for leaf in leaves if leaf != Extent(unknown[0])]
-    if size.name == "add":
-        known[unknown[0]] = max(known[rank] - sum(others), 0)
-    elif prod(others):
-        if known[rank] % prod(others):
-            raise CascadeError(
-                f"{rank} = {known[rank]} leaves a remainder when split by {prod(others)}",
-                cascade=c.name,
-                hint=f"a multiple of {prod(others)}",
-            )
-        known[unknown[0]] = known[rank] // prod(others)
-
-
-def _statements(body: tuple[Statement, ...]) -> Iterator[Statement]:
-    for s in body:
-        yield s
-        if isinstance(s, Iterate):
-            yield from _statements(s.body)
-
-
-def _learn(c: Cascade, s: Statement, known: dict[str, int]) -> None:
-    """The ranks a statement makes, and those that merely rename a tensor's."""
-    if isinstance(s, Populate) and s.into not in known:
-        if s.rule == "topk":
-            if isinstance(s.parameter, Const):
-                known[s.into] = int(s.parameter.value)
-        elif s.over in known:
-            known[s.into] = known[s.over]
-    if isinstance(s, Concat) and all(piece in known for piece, _ in s.parts):
-        known.setdefault(s.rank, sum(known[piece] for piece, _ in s.parts))
-    table = c.tensor_ranks()
-    for e in expressions(s):
-        for read in reads(e):
-            for x, rank in zip(read.coords, table[read.tensor], strict=True):
-                if isinstance(x, Index) and rank in known and read.fill is None:
-                    known.setdefault(x.rank, known[rank])
-
+from .sizes import all_statements, complete_sizes, dims, missing_sizes
 
 # traffic ----------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +55,7 @@ def minimal_traffic(c: Cascade, sizes: Mapping[str, int]) -> tuple[TensorTraffic
     types = declared_types(c)
     moved = []
     for t in c.inputs:
-        found = [r for s in _statements(c.body) for e in expressions(s) for r in reads(e) if r.tensor == t.name]
+        found = [r for s in all_statements(c.body) for e in expressions(s) for r in reads(e) if r.tensor == t.name]
         if not found:
             continue
         whole = prod(sizes[r] for r in t.ranks)
@@ -216,7 +138,7 @@ def live_footprint(c: Cascade, sizes: Mapping[str, int] | None = None) -> tuple[
     types = declared_types(c)
     inputs = frozenset(t.name for t in c.inputs)
     table = c.tensor_ranks()
-    intermediates = [name for s in _statements(c.body) for name, _ in defined(s)]
+    intermediates = [name for s in all_statements(c.body) for name, _ in defined(s)]
     whole: dict[str, list[str]] = {name: [] for name in intermediates}
     for rank in c.all_ranks():
         flow = trace_flow(c, fiber(c, rank), inputs, every_source=True)
@@ -296,7 +218,12 @@ class Roofline:
         }  # fmt: skip
 
 
-def roofline(bytes_moved: int, work: tuple[Work, ...], target: Target) -> Roofline:
+def roofline(c: Cascade, sizes: Mapping[str, int], target: Target) -> Roofline:
+    """The least time of `c` at `sizes` on `target`. Raises `CascadeError` naming the ranks whose size is missing."""
+    return cost(c, sizes, target).roofline
+
+
+def time_bound(bytes_moved: int, work: tuple[Work, ...], target: Target) -> Roofline:
     """The larger of bytes / bandwidth and, pipe by pipe, operations / peak. Raises `UnsupportedError` for a type no unit can take."""
     memory_us = bytes_moved / target.memory.bandwidth * 1e6
     totals: dict[tuple[Any, DType], int] = {}
@@ -349,9 +276,4 @@ def cost(c: Cascade, sizes: Mapping[str, int], target: Target) -> Cost:
     known = complete_sizes(c, sizes)
     traffic = minimal_traffic(c, known)
     work = operations(c, known)
-    return Cost(tuple(known.items()), traffic, work, live_footprint(c, known), roofline(sum(t.bytes for t in traffic), work, target))
-
-
-def dims(ranks: tuple[str, ...]) -> str:
-    """The option that would give those sizes: `--dims m=...,p=...`."""
-    return "--dims " + ",".join(f"{rank}=..." for rank in ranks)
+    return Cost(tuple(known.items()), traffic, work, live_footprint(c, known), time_bound(sum(t.bytes for t in traffic), work, target))

@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from einfall.compiler.cost import (
-    complete_sizes,
     cost,
     kernel_traffic,
     live_footprint,
     minimal_traffic,
-    missing_sizes,
     roofline,
     tensor_bytes,
+    time_bound,
 )
 from einfall.compiler.operations import Work, by_unit, mask_share, operations
+from einfall.compiler.sizes import complete_sizes, missing_sizes
 from einfall.ir.cascade import Einsum
 from einfall.ir.errors import CascadeError
 from einfall.ir.expr import Const, Extent, Index, Op
@@ -300,7 +300,7 @@ def target(*, bandwidth=1e9, shared=False):
 
 def test_roofline_takes_the_slowest():
     work = (Work("matrix", f32, 4000, "A"), Work("vector", f32, 1000, "A"), Work("special", f32, 1500, "B"))
-    found = roofline(1000, work, target())
+    found = time_bound(1000, work, target())
     assert found.memory_us == pytest.approx(1.0)
     assert {u.does: u.time_us for u in found.units} == pytest.approx({"matrix": 2.0, "vector": 1.0, "special": 3.0})
     assert found.time_us == pytest.approx(3.0)
@@ -309,21 +309,21 @@ def test_roofline_takes_the_slowest():
 
 def test_units_of_one_pipe_take_turns():
     work = (Work("matrix", f32, 4000, "A"), Work("vector", f32, 1000, "A"), Work("special", f32, 1500, "B"))
-    found = roofline(1000, work, target(shared=True))
+    found = time_bound(1000, work, target(shared=True))
     assert found.time_us == pytest.approx(6.0)
     assert found.bound_by == "special operations (ss, f32)"
 
 
 def test_memory_bound_and_nothing_to_do():
-    found = roofline(9000, (Work("matrix", bf16, 4000, "A"), Work("matrix", f32, 2000, "B")), target())
+    found = time_bound(9000, (Work("matrix", bf16, 4000, "A"), Work("matrix", f32, 2000, "B")), target())
     assert (found.time_us, found.bound_by) == (pytest.approx(9.0), "memory")
     assert {u.dtype: u.time_us for u in found.units} == pytest.approx({"bf16": 1.0, "f32": 1.0})
-    assert roofline(0, (), target()).time_us == 0.0
+    assert time_bound(0, (), target()).time_us == 0.0
 
 
 def test_a_type_without_a_unit_is_reported_as_what_it_runs_as():
     no_bf16 = replace(target(), units=(Unit("mm", "matrix", "mm", (("f32", 2e9),), "estimated", "made up"),))
-    (unit,) = roofline(1, (Work("matrix", bf16, 2000, "A"),), no_bf16).units
+    (unit,) = time_bound(1, (Work("matrix", bf16, 2000, "A"),), no_bf16).units
     assert (unit.dtype, unit.runs_as, unit.time_us) == ("bf16", "f32", pytest.approx(1.0))
 
 
@@ -335,6 +335,7 @@ def test_cost_of_attention_on_a_target():
     assert found.intensity == pytest.approx(24 * points / found.traffic_bytes)
     assert found.roofline.time_us == pytest.approx(18 * points / 2e9 * 1e6)
     assert found.roofline.bound_by == "matrix operations (mm, f32)"
+    assert roofline(parse_cascade(ATTENTION), SIZES, target()) == found.roofline
 
 
 def stage(c, index, *names):
