@@ -208,12 +208,13 @@ class Kernel:
 
     def _call_first(self, tensors: Sequence[Any], out: Any, named: Mapping[str, Any]) -> Any:
         call = self._prepare(tensors, named)
+        asked = call.asked()
         _refuse_other_devices(call.cascade, call.tensors)
         with self._lock:
             if self._memo_settings is not current():
                 self._memo.clear()
                 self._memo_settings = current()
-            executable = self._executable(call.asked(), self._target("cpu"), None)
+            executable = self._executable(asked, self._target("cpu"), None)
             bound = executable.bind(call.tensors)
             if len(self._memo) >= MEMO_LIMIT:
                 self._memo.clear()
@@ -291,15 +292,14 @@ class Kernel:
     ) -> Asked:
         """The cascade and the extent of every rank of a call, given by tensors or by `dims` and `dtypes`. Scalars may be left out."""
         parameters = self._parameters
-        if tensors or any(name in parameters.tensors for name in named):
+        if self._gives_tensors(tensors, named):
             if dims is not None or dtypes is not None:
                 raise BindingError("both tensors and dims or dtypes are given", cascade=self.name, hint="one or the other")
             call = self._prepare(tensors, {**{name: 0.0 for name, _ in parameters.scalars}, **named})
             return call.asked()
         from .compiler.binding import complete_sizes
 
-        scalars = {name for name, _ in parameters.scalars}
-        cascade = self.trace(dtypes=dtypes, **{name: value for name, value in named.items() if name not in scalars})
+        cascade = self.trace(dtypes=dtypes, **self._split(named)[1])
         return Asked(cascade, complete_sizes(cascade, dims or {}))
 
     # -- everything about it ------------------------------------------------------------------------------------------------------
@@ -315,11 +315,15 @@ class Kernel:
     ) -> Report:
         """What the compiler makes of the cascade on a target: passes before and after, rewrites, kernels, traffic, roofline.
 
-        Give tensors, or `dims` and `dtypes`. Prints the report unless `show` is False, and returns it: `.to_dict()`, `.to_html()`.
+        Give tensors, or `dims` and `dtypes`; without all extents the figures in bytes are left out. Prints the report unless `show` is
+        False, and returns it: `.to_dict()`, `.to_html()`.
         """
         from .compiler.report import explain
 
-        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        if self._gives_tensors(tensors, named):
+            asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        else:
+            asked = Asked(self.trace(dtypes=dtypes, **self._split(named)[1]), dict(dims or {}))
         report = explain(asked.cascade, asked.sizes, self._target(target))
         if show:
             report.print()
@@ -403,7 +407,7 @@ class Kernel:
         from .tuner.property_check import check_kernel
 
         scalars, static = self._split(named)
-        if tensors or any(name in self._parameters.tensors for name in named):
+        if self._gives_tensors(tensors, named):
             asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
             cascade, fixed = asked.cascade, asked.sizes
         else:
@@ -456,6 +460,9 @@ class Kernel:
             cache_bytes=max((c.bytes for c in machine.caches), default=0) if cold else 0,
             seed=seed,
         )
+
+    def _gives_tensors(self, tensors: Sequence[object], named: Mapping[str, object]) -> bool:
+        return bool(tensors) or any(name in self._parameters.tensors for name in named)
 
     def _split(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Scalars (defaults included) and everything else of `named`."""

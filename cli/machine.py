@@ -99,7 +99,7 @@ def _threads(unset: tuple[str, ...]) -> list[Finding]:
         ("OMP_WAIT_POLICY", "passive", "a thread that spins after a torch call takes the core from the kernel that follows"),
         ("TVM_THREAD_POOL_SPIN_COUNT", "1000", "a kernel's threads that spin slow the torch call that follows"),
     ):
-        value = "not set" if name in unset else os.environ[name]
+        value = "not set" if name in unset else os.environ.get(name, "not set")
         right = value == good
         findings.append(Finding(name, value, "ok" if right else "warn", "" if right else f"export {name}={good}: {why}"))
     return findings

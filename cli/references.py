@@ -119,7 +119,7 @@ def _similar_files(path: Path) -> str | None:
     return f"did you mean {path.parent / near[0]}?" if near else None
 
 
-class Pairs(click.ParamType):
+class Pairs(click.ParamType[Any]):
     """`a=1,b=2`: names with whole numbers (`int`), types or numbers (`value`)."""
 
     def __init__(self, kind: str) -> None:

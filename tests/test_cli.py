@@ -200,7 +200,7 @@ def test_doctor_finds_versions_and_places(call, place):
         (["explain", "rows.cascade", "--dims", "i"], "'i' is not of the form name=value"),
         (["explain", "rows.cascade", "--dims", "i=x"], "'x' is no whole number"),
         (["explain", "rows.cascade", "--dims", "i=1,i=2"], "i is given twice"),
-        (["explain", "rows.cascade", "--dims", "i=5,q=4"], "no rank 'q'"),
+        (["explain", "rows.cascade", "--dims", "i=5,q=4"], "unknown rank 'q'"),
         (["explain", "rows.cascade", "--dims", "i=5,j=4", "--dtype", "f33"], "no element type 'f33'"),
         (["explain", "rows.cascade", *ROWS, "--target", "gpu"], "unknown target 'gpu'"),
         (["explain", "missing.cascade"], "missing.cascade cannot be read"),

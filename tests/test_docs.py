@@ -16,10 +16,13 @@ def name_of(page):
 
 
 def blocks(language):
+    """The pages with code in `language`, each with its blocks in order."""
+    found = []
     for page in PAGES:
         code = [body for kind, body in BLOCK.findall(page.read_text()) if kind == language]
         if code:
-            yield pytest.param(page, code, id=name_of(page))
+            found.append(pytest.param(page, code, id=name_of(page)))
+    return found
 
 
 @pytest.fixture

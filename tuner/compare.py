@@ -16,6 +16,9 @@ from .inputs import make_inputs
 from .measure import Protocol, Subject, argument_sets, interleave
 
 
+Run = Callable[[Sequence[torch.Tensor]], object]
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One competitor: raw samples in milliseconds, in the order they were taken."""
@@ -91,15 +94,23 @@ def compare(
     def eager(given: Sequence[torch.Tensor]) -> object:
         return evaluate(cascade, dict(zip(names, given, strict=True)), scalars)
 
-    runs: list[tuple[str, Callable[[Sequence[torch.Tensor]], object]]] = [
-        (name, lambda given, e=executable: e(*given, **scalars)) for name, executable in executables
-    ]
+    runs: list[tuple[str, Run]] = [(name, _spread(executable, scalars)) for name, executable in executables]
     runs.append(("eager", eager))
     if compiled:
         runs.append(("torch.compile", torch.compile(eager)))
-    runs += [(name, lambda given, f=function: f(*given)) for name, function in peers]
+    runs += [(name, _spread(function, {})) for name, function in peers]
     sets = argument_sets(inputs, [], "cold" if cache_bytes else "warm", cache_bytes)
-    subjects = [Subject(lambda given, _, r=run: r(given), sets) for _, run in runs]
+    subjects = [Subject(_without_outputs(run), sets) for _, run in runs]
     samples = interleave(subjects, protocol or Protocol())
     entries = tuple(Entry(name, tuple(found)) for (name, _), found in zip(runs, samples, strict=True))
     return Comparison(cascade.name, tuple(sizes.items()), entries, roofline_ms)
+
+
+def _spread(function: Callable[..., object], scalars: Mapping[str, float]) -> Run:
+    """`function` called with the tensors one by one."""
+    return lambda given: function(*given, **scalars)
+
+
+def _without_outputs(run: Run) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], object]:
+    """`run` as a subject is called: it allocates its outputs itself, as its user would have it."""
+    return lambda given, _: run(given)
