@@ -23,7 +23,7 @@ from ..ir.types import DType, dtype
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target
 from .database import schema
-from .database.records import Invalid, bucket_text, extents_of, extents_text, family_of, parse_schedule, parse_workload
+from .database.records import Invalid, extents_of, extents_text, family_of, parse_schedule, parse_workload
 from .device import describe_device, describe_toolchain
 
 Source = Literal["exact", "bucket", "nearest"]
@@ -212,31 +212,34 @@ class _Family:
         self._ranks = next(([rank for rank, _ in extents] for extents, _, _ in usable.values()), [])
         kept = [(name, *row) for name, row in usable.items() if [rank for rank, _ in row[0]] == self._ranks]
         self._rows = kept
-        self._buckets = [bucket_text(extents) for _, extents, _, _ in kept]
-        self._logs = np.log2(np.array([[extent for _, extent in extents] for _, extents, _, _ in kept], dtype=np.float64))
+        table = np.array([[extent for _, extent in extents] for _, extents, _, _ in kept], dtype=np.float64).reshape(len(kept), len(self._ranks))
+        self._logs = np.log2(table)
+        self._buckets = np.ceil(self._logs)
 
     def nearest(self, extents: tuple[tuple[str, int], ...], schedules: _Schedules) -> Found | None:
-        """The nearest row of the same bucket, else the nearest of all within `MAX_DISTANCE`; None without a usable one."""
+        """The nearest row of the same bucket, else the nearest of all within `MAX_DISTANCE`; None without a usable one.
+
+        Of equally near ones the first: rows are in order of policy and workload.
+        """
         import numpy as np
 
         if not self._rows or [rank for rank, _ in extents] != self._ranks or any(extent < 1 for _, extent in extents):
             return None
-        distances = np.abs(self._logs - np.log2([float(extent) for _, extent in extents])).sum(axis=1)
-        bucket = bucket_text(extents)
-        ranked = sorted(
-            (int(i) for i in np.flatnonzero(distances <= max(MAX_DISTANCE, float(len(self._ranks))))),
-            key=lambda i: (self._buckets[i] != bucket, float(distances[i]), self._rows[i][0]),
-        )
-        for i in ranked:
+        logs = np.log2([float(extent) for _, extent in extents])
+        distances = np.abs(self._logs - logs).sum(axis=1)
+        same = (self._buckets == np.ceil(logs)).all(axis=1)
+        cost = np.where(same, distances - 1e6, np.where(distances <= MAX_DISTANCE, distances, np.inf))
+        while True:
+            i = int(cost.argmin())
+            if cost[i] == np.inf:
+                return None
             workload, _, schedule, schedule_json = self._rows[i]
-            same = self._buckets[i] == bucket
-            if not same and distances[i] > MAX_DISTANCE:
-                continue
             try:
-                return Found(_schedule(schedule_json, schedule, schedules), "bucket" if same else "nearest", workload, float(distances[i]))
+                parsed = _schedule(schedule_json, schedule, schedules)
             except Invalid:
+                cost[i] = np.inf
                 continue
-        return None
+            return Found(parsed, "bucket" if same[i] else "nearest", workload, float(distances[i]))
 
 
 def best_schedule(

@@ -41,6 +41,11 @@ def content_id(*parts: object) -> str:
     return hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
 
 
+def workload_id(family: str, extents: str) -> str:
+    """The name of a workload, from its family and its extents as text."""
+    return hashlib.sha256(f"{family} {extents}".encode("utf-8", "replace")).hexdigest()[:32]
+
+
 def canonical(data: object) -> str:
     """One line of JSON with sorted keys."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
@@ -79,7 +84,7 @@ class Workload:
 
     @property
     def id(self) -> str:
-        return content_id(self.family, self.extents)
+        return workload_id(self.family, self.extents_text)
 
     @property
     def extents_text(self) -> str:
@@ -351,7 +356,7 @@ def evidence_from_row(row: Mapping[str, Any]) -> Evidence:
 def parse_workload(name: object, family: object, extents: object) -> tuple[tuple[str, int], ...]:
     """The extents of a stored workload whose family and extents hash to its own name. Raises `Invalid`."""
     found = parse_extents(extents)
-    if content_id(_text(family, "family"), found) != name:
+    if workload_id(_text(family, "family"), _text(extents, "extents")) != name:
         raise Invalid(f"workload {str(name)[:80]!r} is not that of its extents")
     return found
 

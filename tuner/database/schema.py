@@ -125,9 +125,10 @@ def _check_magic(path: Path) -> None:
 
 def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False) -> None:
     """Raises `DatabaseError` unless the file is a tuning database of a schema this version reads; an empty one if allowed."""
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    with _snapshot(connection):
+        application = connection.execute("PRAGMA application_id").fetchone()[0]
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if application != APPLICATION_ID:
         if application == 0 and version == 0 and tables == 0:
             if may_be_empty:
@@ -141,6 +142,19 @@ def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bo
         )
     if version < 1 or tables == 0:
         raise DatabaseError(f"{path} is a tuning database without its tables", hint="restore it from a copy, or remove it and tune again")
+
+
+@contextmanager
+def _snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """One state of the file for all reads of the body, whatever another process commits meanwhile."""
+    if connection.in_transaction:
+        yield
+        return
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
 
 
 @contextmanager
