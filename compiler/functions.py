@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 from ..ir.expr import Extent, Op
+from ..ir.types import boolean, i32
 from .trace_graph import Block, Concat, Leaf, Loop, Node, Result, State, ordered, stored_type
 from .trace_value import Operand, Value, apply, current, declare_size, inside, lift, lift_index, stored
 
@@ -35,15 +36,26 @@ def maximum(a: Operand, b: Operand) -> Value: return apply("maximum", a, b)
 def isnan(x: Operand) -> Value: return apply("isnan", x)
 def isinf(x: Operand) -> Value: return apply("isinf", x)
 def isfinite(x: Operand) -> Value: return apply("isfinite", x)
-def popcount(x: Operand) -> Value: return apply("popcount", x)
-def clz(x: Operand) -> Value: return apply("clz", x)
+def popcount(x: Operand) -> Value: return _count_bits("popcount", x)
+def clz(x: Operand) -> Value: return _count_bits("clz", x)
+
+
+def _count_bits(op: str, x: Operand) -> Value:
+    value = apply(op, x)
+    held = lift(x, value.graph)
+    if not held.dtype.is_integer:
+        value.graph.settle((held.node,), i32)
+        raise value.graph.error(f"{op} needs an integer, found {held.dtype}", "x.bitcast(ef.i32) reads a float's bits")
+    return value
 
 
 def where(condition: Operand, a: Operand, b: Operand) -> Value:
     """`a` where the condition holds, else `b`. A select: what is not taken does not matter, not even a NaN."""
     graph = next((x.graph for x in (condition, a, b) if isinstance(x, Value)), None) or current()
-    if lift(condition, graph).dtype.kind != "bool":
-        raise graph.error(f"where needs a bool condition, found {lift(condition, graph).dtype}", "compare: ef.where(mask != 0, a, b)")
+    held = lift(condition, graph)
+    if held.dtype != boolean:
+        graph.settle((held.node,), boolean)
+        raise graph.error(f"where needs a bool condition, found {held.dtype}", "compare: ef.where(mask != 0, a, b)")
     return apply("where", condition, a, b)
 
 

@@ -45,7 +45,7 @@ from .functions import (
     trunc,
     where,
 )  # fmt: skip
-from .trace_graph import Graph, Leaf, Loop, Node, Result, Source, State, View
+from .trace_graph import Graph, Leaf, Loop, Node, Result, Source, State, Untyped, View
 from .trace_names import NameRecorder, called
 from .trace_signature import Axes, Signature, read_signature
 from .trace_statements import Selection, Writer, assign
@@ -67,15 +67,29 @@ def trace(function: Callable[..., object], *, static: Mapping[str, object] = _EM
     Args:
         function: annotated arguments, as in the language reference; it returns one traced value or a tuple of them.
         static: values of `int`, `bool` and `str` arguments; their defaults otherwise.
-        dtypes: element types of inputs, f32 otherwise.
+        dtypes: element types of inputs. One not given is i32 if it is used as a coordinate or bit by bit, bool if as a condition, else f32.
 
     Raises:
         CascadeError: the function's annotations or its body are no cascade.
     """
+    known = dict(dtypes)
+    while True:
+        try:
+            cascade = _trace(function, static, known)
+            break
+        except Untyped as found:  # each round settles at least one more input
+            known.update(found.types)
+    check_cascade(cascade)
+    return cascade
+
+
+def _trace(
+    function: Callable[..., object], static: Mapping[str, object], dtypes: Mapping[str, DType]
+) -> Cascade:
     name = getattr(function, "__name__", "cascade")
     name = name if name.isidentifier() else "cascade"
     signature = read_signature(function, name, static, dtypes)
-    graph = Graph(name)
+    graph = Graph(name, frozenset(tensor.name for tensor in signature.inputs if tensor.name not in dtypes))
     graph.inputs.update((tensor.name, tensor) for tensor in signature.inputs)
     graph.scalars.update((scalar.name, scalar) for scalar in signature.scalars)
     for rank, size in signature.sizes:
@@ -86,11 +100,9 @@ def trace(function: Callable[..., object], *, static: Mapping[str, object] = _EM
         returned = called(function, _arguments(graph, signature), recorder)
         values, several = _results(returned, graph)
         axes = _result_axes(signature.results, values, several, graph)
-        cascade = _write(graph, values, axes, recorder)
+        return _write(graph, values, axes, recorder)
     finally:
         GRAPH.reset(token)
-    check_cascade(cascade)
-    return cascade
 
 
 def _arguments(graph: Graph, signature: Signature) -> dict[str, object]:

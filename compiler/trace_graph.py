@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from ..ir.cascade import RankDecl, ScalarDecl, Tensor
 from ..ir.errors import CascadeError, Location
-from ..ir.expr import Const, Expr, Extent, Index, Op, Read, Scalar, walk
+from ..ir.expr import OPS, Const, Expr, Extent, Index, Op, Read, Scalar, walk
 from ..ir.infer import combine, expression_type
 from ..ir.types import DTYPES, DType, boolean, f32, i32, i64, reduced
 
@@ -168,11 +168,20 @@ class Node:
     location: Location | None
 
 
+class Untyped(Exception):
+    """Inputs whose types the caller left open turn out to need the types in `types`: the function is to be traced again."""
+
+    def __init__(self, types: dict[str, DType]) -> None:
+        super().__init__(types)
+        self.types = types
+
+
 @dataclass(slots=True, eq=False)
 class Graph:
-    """Everything one trace makes. `blocks` is the stack of iterate blocks being traced."""
+    """Everything one trace makes. `blocks` is the stack of iterate blocks being traced, `open_types` the inputs without a given type."""
 
     name: str
+    open_types: frozenset[str] = frozenset()
     inputs: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, ScalarDecl] = field(default_factory=dict)
     sizes: dict[str, RankDecl] = field(default_factory=dict)
@@ -200,6 +209,12 @@ class Graph:
             found = Node(what, _ranks(what), dtype, weak, blocks, len(self.nodes), user_location())
             self.nodes[what] = found
         return found
+
+    def settle(self, nodes: Iterable[Node], dtype: DType) -> None:
+        """Raise `Untyped` if `nodes` are computed from inputs whose type is open, so that these can be of type `dtype`."""
+        names = sorted({name for node in nodes for name in _open_sources(node, self.open_types)})
+        if names:
+            raise Untyped(dict.fromkeys(names, dtype))
 
     def declare(self, rank: str, size: Expr) -> None:
         """Record a rank's size. Raises `CascadeError` if it has another one already."""
@@ -319,6 +334,8 @@ def _type(what: What, graph: Graph) -> tuple[DType, bool]:
             try:
                 return expression_type(Op(op, tuple(_probe(a) for a in args)), DTYPES)
             except CascadeError as error:
+                if OPS[op].kind == "bit":
+                    graph.settle(args, boolean if any(a.dtype == boolean for a in args) else i32)
                 raise graph.error(error.what, error.hint) from None
         case View(x=x):
             return x.dtype, x.weak
@@ -339,6 +356,19 @@ def _type(what: What, graph: Graph) -> tuple[DType, bool]:
             if isinstance(of.what, Loop):
                 return stored_type(of.what.states[index][2]), False
             return (of.dtype if index == 0 else i32), False
+
+
+def _open_sources(node: Node, names: frozenset[str]) -> set[str]:
+    """The inputs without a given type that a map takes its type from."""
+    match node.what:
+        case Source(tensor=tensor):
+            return {tensor.name} & names
+        case View(x=x):
+            return _open_sources(x, names)
+        case Apply(op=op, args=args) if OPS[op].kind in ("arith", "bit"):
+            return {name for arg in args for name in _open_sources(arg, names)}
+        case _:
+            return set()
 
 
 def stored_type(node: Node) -> DType:

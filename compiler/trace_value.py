@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from ..ir.errors import CascadeError
 from ..ir.expr import Const, Expr, Extent, Index, Op
-from ..ir.types import DType, boolean, f32
+from ..ir.types import DType, boolean, f32, i32
 from ..ir.types import dtype as dtype_named
 from .trace_graph import (
     Apply,
@@ -147,6 +147,7 @@ class Value:
         here = inside(self)
         ranks = here._over(op, over, wrong)
         if op in ("any", "all") and here.dtype != boolean:
+            self.graph.settle((here.node,), boolean)
             raise self.graph.error(f"{op} needs bools, found {here.dtype}", f"compare first: (x != 0).{op}({' '.join(ranks)!r})")
         if op in ("argmax", "argmin") and len(ranks) != 1:
             raise self.graph.error(f"{op} over several ranks {', '.join(ranks)}", "join them first: x.join(('a', 'b'), into='c')")
@@ -356,6 +357,7 @@ class Value:
         """This value on the points where `condition` holds only: reductions skip the others, an output holds 0 there."""
         here, held = inside(self), inside(lift(condition, self.graph))
         if held.dtype != boolean:
+            self.graph.settle((held.node,), boolean)
             raise self.graph.error(f"where needs a bool condition, found {held.dtype}", "compare: x.where(mask != 0)")
         both = tuple(dict.fromkeys((*here.where_, *held.where_, *_conjuncts(held.node))))
         if _gathers(here.node):  # a gathered index may be out of range where the condition is false: nothing may read there
@@ -453,6 +455,7 @@ def integer(x: object, graph: Graph, what: str) -> Node:
     """`x` as an integer node. Raises `CascadeError` for anything else and for a value under a condition."""
     value = inside(lift(x, graph))
     if not value.dtype.is_integer:
+        graph.settle((value.node,), i32)
         raise graph.error(f"{what} must be an integer, found {value.dtype}", "ef.index, an integer tensor, or .to(ef.i32)")
     if value.where_:
         raise graph.error(f"{what} is under a condition", "put .where on the result instead")

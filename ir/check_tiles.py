@@ -10,6 +10,7 @@ from .check_statements import LITERALS, nearest, node_types
 from .errors import CascadeError
 from .expr import OPS, REDUCTIONS, Count, Expr, Masked, Op, Read, Scalar, Seen, Start, Tile, walk
 from .infer import expression_ranks, expression_type
+from .text import program_ranks
 from .tile import Dot, Loop, Map, Node, Reduce, Store, TileProgram, kernel_tiles
 from .types import DType, boolean
 
@@ -115,20 +116,23 @@ def _loop_uses(loop: Loop, known: frozenset[str], loops: tuple[Loop, ...]) -> It
 
 
 def check_kernel_names(p: TileProgram) -> Iterator[TileFault]:
-    """A name is defined once: inputs, outputs, scalars and tiles share one space, and no scalar is called like a rank."""
-    seen: set[str] = set()
+    """A tensor and a tile are each defined once, and a bare name means one thing: no scalar is called like a rank or a tile."""
+    scalars = [s.name for s in p.scalars]
     tiles = [name_of(n) for n, _, _ in nodes(p) if not isinstance(n, (Store, Loop))]
-    states = [s.name for n, _, _ in nodes(p) if isinstance(n, Loop) for s in n.states]
-    for name in [*(t.name for t in p.inputs), *(o.name for o in p.outputs), *(s.name for s in p.scalars), *tiles, *states]:
-        if name in seen:
-            yield TileFault(f"{name!r} is defined twice", hint="a tile program is in single-assignment form")
+    tiles += [s.name for n, _, _ in nodes(p) if isinstance(n, Loop) for s in n.states]
+    for group in ([*(t.name for t in p.inputs), *(o.name for o in p.outputs), *scalars], [*tiles, *scalars]):
+        seen: set[str] = set()
+        for name in group:
+            if name in seen:
+                yield TileFault(f"{name!r} is defined twice", hint="a tile program is in single-assignment form")
+            seen.add(name)
+    ranks = program_ranks(p)
+    for name in (*scalars, *tiles, *ranks):
         if name in LITERALS:
-            yield TileFault(f"{name!r} is a literal")
-        seen.add(name)
-    ranks = {rank for t in p.inputs for rank in t.ranks} | {rank for o in p.outputs for rank in o.ranks}
-    for scalar in p.scalars:
-        if scalar.name in ranks:
-            yield TileFault(f"{scalar.name!r} is a rank and a scalar")
+            yield TileFault(f"{name!r} is a literal and names nothing")
+    for name in scalars:
+        if name in ranks:
+            yield TileFault(f"{name!r} is a rank and a scalar")
 
 
 def check_tiling(p: TileProgram) -> Iterator[TileFault]:
