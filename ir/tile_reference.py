@@ -93,6 +93,7 @@ def run_program(
     *,
     dtype: type[np.floating[Any]] = np.float32,
     garbage: float | None = float("nan"),
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
     """The outputs of a tile program by name.
 
@@ -102,6 +103,7 @@ def run_program(
         scalars: its scalar arguments.
         dtype: float32, or float64 to take rounding out of the comparison.
         garbage: what float lanes outside an extent read; None: the element at the nearest index inside, as clamped loads give.
+        sizes: extents of the call, for ranks that no array of this kernel has.
 
     Elements that no task stored are NaN, in an integer output its lowest value. A narrow float output comes as float32.
 
@@ -111,7 +113,7 @@ def run_program(
     """
     promoted = np.dtype(dtype) == np.float64
     arrays = {declared.name: _given(p, declared.name, tensors) for declared in p.inputs}
-    extents = _extents(p, {name: array.shape for name, array in arrays.items()})
+    extents = _extents(p, {name: array.shape for name, array in arrays.items()}, sizes or {})
     inputs = {}
     for declared in p.inputs:
         data = _tensor(arrays[declared.name], declared.dtype, promoted).reshape([extents[rank] for rank in declared.ranks])
@@ -133,12 +135,13 @@ def run_programs(
     *,
     dtype: type[np.floating[Any]] = np.float32,
     garbage: float | None = float("nan"),
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Array]:
     """The outputs of all kernels of a plan, run in launch order; what one stores, later ones may read."""
     known = dict(tensors)
     results: dict[str, Array] = {}
     for p in programs:
-        results.update(run_program(p, known, scalars, dtype=dtype, garbage=garbage))
+        results.update(run_program(p, known, scalars, dtype=dtype, garbage=garbage, sizes=sizes))
         known.update(results)
     return results
 
@@ -152,9 +155,10 @@ def _given(p: TileProgram, name: str, tensors: Mapping[str, Array]) -> Array:
     return tensors[name]
 
 
-def _extents(p: TileProgram, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    extents = solve_extents(Cascade(p.name, p.inputs, p.scalars, p.ranks, (), ()), shapes)
-    needed = [axis.rank for axis in p.grid] + list(p.resident) + [rank for output in p.outputs for rank in output.ranks]
+def _extents(p: TileProgram, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> dict[str, int]:
+    extents = {**sizes, **solve_extents(Cascade(p.name, p.inputs, p.scalars, p.ranks, (), ()), shapes)}
+    streams = [node.rank for node in p.body if isinstance(node, Loop)]
+    needed = [axis.rank for axis in p.grid] + list(p.resident) + streams + [rank for output in p.outputs for rank in output.ranks]
     for rank in needed:
         if rank not in extents:
             raise BindingError(f"nothing determines the extent of rank {rank}", statement=p.name, hint=f"declare the size of {rank}")

@@ -326,6 +326,15 @@ def test_states_take_their_next_values_at_once_and_nothing_runs_over_an_empty_ra
     assert (result["A"].item(), result["B"].item()) == (1.0, 2.0)
 
 
+def test_a_rank_that_no_array_has_takes_its_extent_from_the_call():
+    count = LoopState("n", (), Const(0.0), op("add", t("n"), t("tile")))
+    loop = Loop("p", 4, (), bounds("p"), (count,), (Reduce("tile", (), "sum", ("p",), masked(1.0, 0.0)),))
+    p = program([], ["N:"], {}, (), (loop, Store("N", (), t("n"))))
+    assert run_program(p, {}, sizes={"p": 7})["N"].item() == 7
+    with pytest.raises(BindingError, match="nothing determines the extent of rank p"):
+        run_program(p, {})
+
+
 def test_kernels_run_in_order_and_hand_over_what_they_store():
     store = Store("Y", (Index("p"),), op("mul", at("X p"), 2.0))
     first = program(["X: p"], ["Y: p = bf16"], {"p": 4}, (), (store,))
