@@ -7,7 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..ir.expr import Extent, Op
 from ..ir.types import boolean, i32
-from .trace_graph import Block, Concat, Leaf, Loop, Node, Result, State, ordered, stored_type
+from .trace_graph import (
+    Apply,
+    Block,
+    Concat,
+    Convert,
+    Leaf,
+    Loop,
+    Node,
+    Result,
+    State,
+    Step,
+    View,
+    operands,
+    ordered,
+    stored_type,
+)
 from .trace_value import Operand, Value, apply, current, declare_size, inside, lift, lift_index, stored
 
 _MAX_STATE_GROWTH = 8  # a state gains at least one rank in each round; no cascade comes near this many
@@ -195,9 +210,17 @@ def _stop(
         value = lift(given, graph)
     finally:
         graph.blocks.pop()
-    if value.ranks or value.dtype.kind != "bool" or value.where_:
-        found = f"{value.dtype}[{', '.join(value.ranks)}]"
-        raise graph.error(f"`until` must be one bool, found {found}", "reduce in the step and keep the result as a state")
+    hint = "reduce in the step and keep the result as a state"
+    if value.node.ranks or value.node.dtype != boolean or value.where_:
+        raise graph.error(f"`until` must be one bool, found {value.node.dtype}[{', '.join(value.node.ranks)}]", hint)
+    if _reduces(value.node, block):
+        raise graph.error("`until` reduces a state", hint)
     return value.node
+
+
+def _reduces(node: Node, block: Block) -> bool:
+    """Whether `node` is computed from the states of `block` by more than maps."""
+    maps = isinstance(node.what, (Apply, Convert, View, State, Step))
+    return block in node.blocks and (not maps or any(_reduces(arg, block) for arg in operands(node.what)))
 
 

@@ -89,7 +89,7 @@ def _trace(
     name = getattr(function, "__name__", "cascade")
     name = name if name.isidentifier() else "cascade"
     signature = read_signature(function, name, static, dtypes)
-    graph = Graph(name, frozenset(tensor.name for tensor in signature.inputs if tensor.name not in dtypes))
+    graph = Graph(name, signature.location, open_types=frozenset(t.name for t in signature.inputs if t.name not in dtypes))
     graph.inputs.update((tensor.name, tensor) for tensor in signature.inputs)
     graph.scalars.update((scalar.name, scalar) for scalar in signature.scalars)
     for rank, size in signature.sizes:
@@ -97,7 +97,10 @@ def _trace(
     recorder = NameRecorder()
     token = GRAPH.set(graph)
     try:
-        returned = called(function, _arguments(graph, signature), recorder)
+        arguments = _arguments(graph, signature)
+        graph.running = True
+        returned = called(function, arguments, recorder)
+        graph.running = False
         values, several = _results(returned, graph)
         axes = _result_axes(signature.results, values, several, graph)
         return _write(graph, values, axes, recorder)

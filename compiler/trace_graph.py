@@ -178,9 +178,15 @@ class Untyped(Exception):
 
 @dataclass(slots=True, eq=False)
 class Graph:
-    """Everything one trace makes. `blocks` is the stack of iterate blocks being traced, `open_types` the inputs without a given type."""
+    """Everything one trace makes.
+
+    `location` is the function's, `running` whether its body is; `open_types` are the inputs whose type the caller left open, `blocks`
+    is the stack of iterate blocks being traced.
+    """
 
     name: str
+    location: Location | None = None
+    running: bool = False
     open_types: frozenset[str] = frozenset()
     inputs: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, ScalarDecl] = field(default_factory=dict)
@@ -189,8 +195,8 @@ class Graph:
     blocks: list[Block] = field(default_factory=list)
 
     def error(self, what: str, hint: str | None = None, node: Node | None = None) -> CascadeError:
-        """An error at `node`'s line, or at the line of the user's file that is running."""
-        location = node.location if node is not None and node.location is not None else user_location()
+        """An error at `node`'s line, else at the line of the user's file that is running, else at the function."""
+        location = node.location if node is not None else user_location() if self.running else self.location
         return CascadeError(what, cascade=self.name, location=location, hint=hint)
 
     def node(self, what: What) -> Node:

@@ -38,6 +38,7 @@ class Signature:
     sizes: tuple[tuple[str, int], ...]
     results: tuple[Axes, ...] | None
     order: tuple[str, ...]
+    location: Location | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +87,14 @@ def read_signature(function: Callable[..., object], name: str, static: Mapping[s
     if not known:
         raise place.error("a traced function without a tensor argument", 'annotate one: X: "b m e"')
     results = _results(signature.return_annotation, scope, place)
-    return Signature(tuple(inputs), tuple(scalars), tuple(values), tuple(sizes), results, tuple(signature.parameters))
+    return Signature(tuple(inputs), tuple(scalars), tuple(values), tuple(sizes), results, tuple(signature.parameters), place.location)
 
 
 def _check_names(given: Mapping[str, object], known: set[str], what: str, place: _Place) -> None:
     for name in given:
         if name not in known:
-            raise place.error(f"{what} names {name!r}, which is no such argument", f"one of {', '.join(sorted(known)) or 'none'}")
+            hint = f"one of {', '.join(sorted(known))}" if known else "the function has no such arguments"
+            raise place.error(f"{what} names {name!r}, which is no such argument", hint)
 
 
 def _static(parameter: inspect.Parameter, said: object, static: Mapping[str, object], place: _Place) -> object:

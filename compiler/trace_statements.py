@@ -56,6 +56,7 @@ class Selection:
     size: dict[Node, int] = field(default_factory=dict)
     tensors: dict[Node, bool] = field(default_factory=dict)
     special: dict[Node, bool] = field(default_factory=dict)
+    after: dict[Node, bool] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: Graph, roots: Iterable[Node], named: Mapping[Node, tuple[int, str, bool]]) -> Selection:
@@ -66,7 +67,8 @@ class Selection:
         for node in self.reachable:
             args = operands(node.what)
             self.tensors[node] = isinstance(node.what, (Source, State, *_ALWAYS)) or any(self.tensors[a] for a in args)
-            self.special[node] = _is_special(node.what) or any(self.special[a] for a in args if a not in self.statements)
+            self.special[node] = _is_special(node.what) or any(self.special[a] for a in args)
+            self.after[node] = _is_after(node.what) or (not isinstance(node.what, Loop) and any(self.after[a] for a in args))
             if self._is_statement(node, filled):
                 self.statements.add(node)
             self.size[node] = 1 if node in self.statements else 1 + sum(self.size[a] for a in operands(node.what))
@@ -97,6 +99,8 @@ class Selection:
                 pass
             case _:
                 return True
+        if self.after[node]:  # part of a stop condition, which reads the states after the step
+            return False
         if node in self.outputs:
             return True
         if node in filled and not (isinstance(node.what, View) and self._only_renames(node)):
@@ -128,6 +132,10 @@ class Selection:
                 return True
             case _:
                 return node in self.statements
+
+
+def _is_after(what: What) -> bool:
+    return isinstance(what, State) and what.after
 
 
 def _is_special(what: What) -> bool:

@@ -64,8 +64,10 @@ class Value:
         return self.node.dtype
 
     def __repr__(self) -> str:
-        what = type(self.node.what).__name__.lower()
-        return f"<traced value [{', '.join(self.ranks)}] {self.dtype}, a {what}{' under a condition' if self.where_ else ''}>"
+        what = self.node.what
+        made_by = getattr(what, "op", None) or getattr(what, "rule", None) or type(what).__name__.lower()
+        condition = " under a condition" if self.where_ else ""
+        return f"<traced {self.dtype}[{','.join(joint_ranks((self.node, *self.where_)))}] from {made_by}{condition}>"
 
     # --- arithmetic ------------------------------------------------------------------------------------------------------------
     def __add__(self, other: Operand) -> Value: return apply("add", self, other)
