@@ -10,19 +10,21 @@ Operations are counted in `operations.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from ..ir.cascade import Cascade, Iterate, Statement, Tensor, defined, expressions
-from ..ir.errors import CascadeError
+from ..ir.cascade import Cascade, Iterate, Statement, defined, expressions
+from ..ir.errors import CascadeError, UnsupportedError
 from ..ir.expr import Expr, Index, Read, index_ranks, reads
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, Plan
 from ..ir.types import DType
 from ..schedules.target import Target
 from .flow import fiber, trace_flow
-from .operations import Work, operations
+from .operations import Work, operations, plan_operations
+from .passes import make_plan
 from .sizes import all_statements, complete_sizes, dims, missing_sizes
 
 # traffic ----------------------------------------------------------------------------------------------------------------
@@ -59,55 +61,67 @@ def minimal_traffic(c: Cascade, sizes: Mapping[str, int]) -> tuple[TensorTraffic
         if not found:
             continue
         whole = prod(sizes[r] for r in t.ranks)
-        touched = min(whole, max(_touched(t, read, sizes) for read in found))
+        touched = min(whole, max(_touched(t.ranks, read, sizes) for read in found))
         moved.append(TensorTraffic(t.name, "in", ceil(touched * t.dtype.bits / 8), touched < whole))
     for o in c.outputs:
         moved.append(TensorTraffic(o.name, "out", tensor_bytes(o.ranks, types[o.name], sizes)))
     return tuple(moved)
 
 
-def _touched(t: Tensor, read: Read, sizes: Mapping[str, int]) -> int:
-    """How many elements of `t` a read can name: each index counts once, whatever number of coordinates mention it."""
-    own = {rank for x, rank in zip(read.coords, t.ranks, strict=True) if x == Index(rank)}
-    other = [rank for rank in t.ranks if rank not in own]
+def _touched(ranks: tuple[str, ...], read: Read, sizes: Mapping[str, int]) -> int:
+    """How many elements of a tensor of these ranks a read can name: each index counts once, whatever number of coordinates mention it."""
+    own = {rank for x, rank in zip(read.coords, ranks, strict=True) if x == Index(rank)}
+    other = [rank for rank in ranks if rank not in own]
     indices = {i for x in read.coords for i in index_ranks(x)} - own
     return prod(sizes[r] for r in own) * min(prod(sizes[r] for r in other), prod(sizes[r] for r in indices))
 
 
 def kernel_traffic(plan: Plan, sizes: Mapping[str, int]) -> tuple[tuple[TensorTraffic, ...], ...]:
-    """For each kernel of a plan the bytes that it moves at the least: an input once for every stream that needs it, an output once."""
+    """For each kernel of a plan the bytes that it moves at the least: an input once for every stream that needs it, an output once.
+
+    What is gathered from an input, beside or instead of a stream over it, counts as the elements named.
+    """
     types = declared_types(plan.cascade)
     table = plan.cascade.tensor_ranks()
     moved = []
     for kernel in plan.kernels:
         found = []
         for name in kernel.inputs:
-            times = _streams_reading(plan, kernel, name) if kernel.stream in table[name] else 1
-            found.append(TensorTraffic(name, "in", times * tensor_bytes(table[name], types[name], sizes)))
+            elements = sum(_elements(table[name], uses, sizes) for uses in _uses(plan, kernel, name))
+            whole = prod(sizes[r] for r in table[name])
+            found.append(TensorTraffic(name, "in", ceil(elements * types[name].bits / 8), elements < whole))
         found += [TensorTraffic(name, "out", tensor_bytes(table[name], types[name], sizes)) for name in kernel.outputs]
         moved.append(tuple(found))
     return tuple(moved)
 
 
-def _streams_reading(plan: Plan, kernel: KernelPlan, tensor: str) -> int:
-    """In how many of a kernel's streams, its stages and the one that stores, `tensor` is needed."""
+def _uses(plan: Plan, kernel: KernelPlan, tensor: str) -> list[list[Read]]:
+    """The reads of `tensor` in each of a kernel's streams: its stages, and what is stored after them. Unindexed by a stream, one list."""
     streamed = {r.out for stage in kernel.stages for r in stage.reductions}
     owners = {name: s for s in plan.cascade.body for name, _ in defined(s)}
 
-    def needs(pending: list[Expr]) -> bool:
+    def reached(pending: list[Expr]) -> list[Read]:
         seen: set[str] = set()
+        found = []
         while pending:
             for read in reads(pending.pop()):
                 if read.tensor == tensor:
-                    return True
-                if read.tensor not in seen and read.tensor not in streamed and read.tensor not in kernel.inputs and read.tensor in owners:
+                    found.append(read)
+                elif read.tensor not in seen and read.tensor not in streamed and read.tensor not in kernel.inputs and read.tensor in owners:
                     seen.add(read.tensor)
                     pending.extend(expressions(owners[read.tensor]))
-        return False
+        return found
 
-    times = sum(needs([e for r in stage.reductions for e in expressions(r)]) for stage in kernel.stages)
-    last = [e for name in kernel.outputs if name not in streamed and name in owners for e in expressions(owners[name])]
-    return max(times + needs(last), 1)
+    streams = [reached([e for r in stage.reductions for e in expressions(r)]) for stage in kernel.stages]
+    streams.append(reached([e for name in kernel.outputs if name not in streamed and name in owners for e in expressions(owners[name])]))
+    if kernel.stream not in plan.cascade.tensor_ranks()[tensor]:
+        return [[read for found in streams for read in found]]
+    return streams
+
+
+def _elements(ranks: tuple[str, ...], uses: list[Read], sizes: Mapping[str, int]) -> int:
+    """How many elements one stream needs at the least."""
+    return min(prod(sizes[r] for r in ranks), max((_touched(ranks, read, sizes) for read in uses), default=0))
 
 
 # footprint --------------------------------------------------------------------------------------------------------------
@@ -219,8 +233,15 @@ class Roofline:
 
 
 def roofline(c: Cascade, sizes: Mapping[str, int], target: Target) -> Roofline:
-    """The least time of `c` at `sizes` on `target`. Raises `CascadeError` naming the ranks whose size is missing."""
-    return cost(c, sizes, target).roofline
+    """The least time of `c` at `sizes` on `target`, with the operations of its derived plan if it has one.
+
+    Raises `CascadeError` naming the ranks whose size is missing.
+    """
+    plan = None
+    if not missing_sizes(c, sizes):
+        with suppress(UnsupportedError):
+            plan = make_plan(c, complete_sizes(c, sizes))
+    return cost(c, sizes, target, plan).roofline
 
 
 def time_bound(bytes_moved: int, work: tuple[Work, ...], target: Target) -> Roofline:
@@ -268,12 +289,15 @@ class Cost:
         return self.flops / self.traffic_bytes if self.traffic_bytes else 0.0
 
 
-def cost(c: Cascade, sizes: Mapping[str, int], target: Target) -> Cost:
-    """The cost of `c` at `sizes` on `target`. Raises `CascadeError` naming the ranks whose size is missing."""
+def cost(c: Cascade, sizes: Mapping[str, int], target: Target, plan: Plan | None = None) -> Cost:
+    """The cost of `c` at `sizes` on `target`; operations are those of `plan` if it is given, else of the cascade as it stands.
+
+    Raises `CascadeError` naming the ranks whose size is missing.
+    """
     missing = missing_sizes(c, sizes)
     if missing:
         raise CascadeError(f"the size of {', '.join(missing)} is not known", cascade=c.name, hint=f"give it: {dims(missing)}")
     known = complete_sizes(c, sizes)
     traffic = minimal_traffic(c, known)
-    work = operations(c, known)
+    work = operations(c, known) if plan is None else plan_operations(plan, complete_sizes(plan.cascade, known))
     return Cost(tuple(known.items()), traffic, work, live_footprint(c, known), time_bound(sum(t.bytes for t in traffic), work, target))

@@ -7,6 +7,9 @@
 An operation counts once for every point of the ranks it varies over, so what does not depend on a rank is not repeated along it, and
 equal subexpressions of a statement count once. Points outside a mask that every reader of a value applies do not count: half of
 the scores of a causal cascade are never needed.
+
+`plan_operations` counts what a derived plan computes instead: reductions as the states they became, factors that left a sum outside
+of it, each value of a kernel once. Corrections and what is repeated from tile to tile are a schedule's, and are not in it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import numpy as np
 from ..ir.cascade import Cascade, Concat, Einsum, Iterate, Populate, Scan, Scatter, Statement, expressions
 from ..ir.expr import OPS, Cast, Const, Expr, Extent, Index, Op, Read, children, index_ranks, reads, walk
 from ..ir.infer import declared_types, expression_ranks, expression_type
+from ..ir.plan import Plan
 from ..ir.types import DType, f32
 from ..schedules.target import Does
+from .planned import planned_cascade
 
 _Array: TypeAlias = "np.ndarray[Any, Any]"
 _EXACT_POINTS = 1 << 22  # a mask's share is counted exactly up to so many points, on a regular sample above
@@ -41,6 +46,11 @@ class Work:
 def operations(c: Cascade, sizes: Mapping[str, int]) -> tuple[Work, ...]:
     """The work of every statement, one entry for a unit and a type. `sizes` must give the extent of every rank."""
     return _Counter(c, sizes).count()
+
+
+def plan_operations(plan: Plan, sizes: Mapping[str, int]) -> tuple[Work, ...]:
+    """The work of a plan's kernels, counted as `operations` does. `sizes` must give the extent of every rank of the plan's cascade."""
+    return _Counter(planned_cascade(plan), sizes, across=True).count()
 
 
 def by_unit(work: tuple[Work, ...]) -> dict[str, int]:
@@ -123,9 +133,12 @@ def _evaluate(e: Expr, indices: Mapping[str, _Array], sizes: Mapping[str, int]) 
 
 
 class _Counter:
-    """One count: the work is collected statement by statement; `outer` are the ranks of the iterations around it."""
+    """One count: the work is collected statement by statement; `outer` are the ranks of the iterations around it.
 
-    def __init__(self, c: Cascade, sizes: Mapping[str, int]) -> None:
+    With `across` equal subexpressions count once in the whole cascade, not once a statement.
+    """
+
+    def __init__(self, c: Cascade, sizes: Mapping[str, int], *, across: bool = False) -> None:
         self.cascade = c
         self.sizes = sizes
         self.types = declared_types(c)
@@ -133,6 +146,8 @@ class _Counter:
         self.found: dict[tuple[str, Does, DType], float] = {}
         self.shares: dict[Expr, float] = {}
         self.outer: tuple[str, ...] = ()
+        self.across = across
+        self.counted: set[Expr] = set()
 
     def count(self) -> tuple[Work, ...]:
         for s in self.cascade.body:
@@ -201,7 +216,7 @@ class _Counter:
     def _maps(self, name: str, e: Expr, mask: Expr | None) -> None:
         """The maps in `e`, each distinct one once; coordinates and masks of indices alone are addressing, not work."""
         wanted = [e] if mask is None or _only_indices(mask) else [e, mask]
-        seen: set[Expr] = set()
+        seen = self.counted if self.across else set()
         while wanted:
             node = wanted.pop()
             if node in seen or isinstance(node, Read):

@@ -164,7 +164,7 @@ def explain(cascade: Cascade, sizes: Mapping[str, int], target: Target, *, plan:
         refusals += [Refusal(r.rewrite, r.statement, r.reason) for k in plan.kernels for s in k.stages for r in s.rejected]
     before = pass_report(cascade)
     reads_after = _reads_after(cascade, plan) if plan else ()
-    found = None if missing else cost(cascade, known, target)
+    found = None if missing else cost(cascade, known, target, plan)
     return Report(
         cascade=cascade,
         target=target,
@@ -203,7 +203,7 @@ def _preparation(c: Cascade, plan: Plan, sizes: Mapping[str, int]) -> list[Rewri
             continue
         new = rewrite(c)
         if new != c:
-            did = (getdoc(rewrite) or "").partition("\n")[0]
+            did = (getdoc(rewrite) or "").partition("\n")[0].rstrip(".")
             found.append(Rewrite(name, did, _less_work(c, new, sizes)))
         c = new
     return found

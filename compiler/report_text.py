@@ -53,7 +53,7 @@ def _passes(report: Report) -> list[str]:
 def _rewrites(report: Report) -> list[str]:
     lines = []
     if report.rewrites:
-        lines += ["rewrites", *_table(None, [[r.name, r.did, f"saves {r.saved}" if r.saved else ""] for r in report.rewrites])]
+        lines += ["rewrites", *_table(None, [[r.name, r.did + (f"; saves {r.saved}" if r.saved else "")] for r in report.rewrites])]
     if report.rejected:
         lines += ["not done", *_table(None, [[r.rewrite, r.statement, r.reason] for r in report.rejected])]
     return lines

@@ -13,7 +13,8 @@ from einfall.compiler.cost import (
     tensor_bytes,
     time_bound,
 )
-from einfall.compiler.operations import Work, by_unit, mask_share, operations
+from einfall.compiler.operations import Work, by_unit, mask_share, operations, plan_operations
+from einfall.compiler.passes import make_plan
 from einfall.compiler.sizes import complete_sizes, missing_sizes
 from einfall.ir.cascade import Einsum
 from einfall.ir.errors import CascadeError
@@ -216,6 +217,25 @@ def test_a_mask_of_data_counts_all_points_and_its_own_comparison():
     assert one(text, {"m": 2, "k": 5})["vector"] == 10 + 10
 
 
+def test_a_plan_computes_what_its_states_need():
+    c = parse_cascade(ATTENTION)
+    points, rows = 6 * 8 * 16, 6 * 8
+    assert by_unit(plan_operations(make_plan(c, SIZES), SIZES)) == {
+        "matrix": 2 * points * 4 + 2 * points * 5,
+        "vector": 4 * points + rows * 5,  # as before, and the row's factor on the result
+        "special": points + rows,  # one exponential for both sums, the division once a row
+    }
+
+
+def test_a_mask_written_as_minus_infinity_halves_the_plan():
+    masked = CAUSAL.replace("(p where p <= m)", "(p)").replace("  M[m]", "  T[m,p] = where(p <= m, S[m,p], -inf)\n  M[m]")
+    c = parse_cascade(masked.replace("max(p) S[", "max(p) T[").replace("exp(S[", "exp(T["))
+    n = 6
+    sizes = {"m": n, "p": n, "e": 4, "f": 5}
+    assert by_unit(operations(c, sizes))["matrix"] == 2 * n * n * 9
+    assert by_unit(plan_operations(make_plan(c, sizes), sizes))["matrix"] == 2 * (n * (n + 1) // 2) * 9
+
+
 comparisons = st.sampled_from(["lt", "le", "gt", "ge", "eq", "ne"])
 
 
@@ -335,7 +355,14 @@ def test_cost_of_attention_on_a_target():
     assert found.intensity == pytest.approx(24 * points / found.traffic_bytes)
     assert found.roofline.time_us == pytest.approx(18 * points / 2e9 * 1e6)
     assert found.roofline.bound_by == "matrix operations (mm, f32)"
-    assert roofline(parse_cascade(ATTENTION), SIZES, target()) == found.roofline
+    planned = roofline(parse_cascade(ATTENTION), SIZES, target())
+    assert planned == cost(parse_cascade(ATTENTION), SIZES, target(), make_plan(parse_cascade(ATTENTION), SIZES)).roofline
+    assert {u.does: u.operations for u in planned.units}["special"] < 2 * points
+
+
+def test_roofline_of_a_cascade_without_a_plan():
+    c = parse_cascade("cascade pick(X[p]) -> V[s], I[s]\n  V[s], I[s] = sort(p -> s) X[p]\n")
+    assert roofline(c, {"p": 15}, target()).bytes == 15 * 4 * 3
 
 
 def stage(c, index, *names):
@@ -360,6 +387,13 @@ def test_an_output_along_the_stream_is_one_more_stream():
     plan = Plan(c, (KernelPlan("k", "p", (stage(c, 0, "M", "D"),), (), ("X",), ("Y",)),))
     (moved,) = kernel_traffic(plan, {"m": 2, "p": 3})
     assert {t.tensor: t.bytes for t in moved} == {"X": 2 * 24, "Y": 24}
+
+
+def test_what_a_kernel_gathers_beside_its_stream_counts_as_the_elements_named():
+    c = parse_cascade("cascade pick(X[t,v], Y[t]: i32) -> O[t]\n  M[t] = max(v) X[t,v]\n  O[t] = M[t] - X[t,Y[t]]\n")
+    plan = Plan(c, (KernelPlan("k", "v", (stage(c, 0, "M"),), (), ("X", "Y"), ("O",)),))
+    (moved,) = kernel_traffic(plan, {"t": 3, "v": 50})
+    assert {t.tensor: t.bytes for t in moved} == {"X": 3 * 50 * 4 + 3 * 4, "Y": 12, "O": 12}
 
 
 def test_a_large_share_agrees_with_numpy():

@@ -1,0 +1,93 @@
+"""What a plan's kernels compute, written as a cascade: states, the values rebuilt from them, and the maps between, on demand.
+
+Each kernel has names of its own for what it does not store, since it computes that again. The running origins stand as plain maps:
+the cascade has the plan's work, and its meaning once every stream has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..ir.cascade import Cascade, Einsum
+from ..ir.expr import Const, Expr, Op, Read, Tile, aligned, reads, rewrite
+from ..ir.plan import KernelPlan, Plan, Stage, Value
+
+
+def planned_cascade(plan: Plan) -> Cascade:
+    """The statements of all kernels in launch order."""
+    body = [s for number, kernel in enumerate(plan.kernels) for s in _Kernel(kernel, number).statements()]
+    return replace(plan.cascade, body=tuple(body))
+
+
+class _Kernel:
+    def __init__(self, kernel: KernelPlan, number: int) -> None:
+        self.kernel = kernel
+        self.number = number
+        self.origins = {o.name: o for stage in kernel.stages for o in stage.origins}
+        self.table: dict[str, Einsum] = {s.out: s for s in kernel.statements}
+        self.states: list[str] = []
+        for stage in kernel.stages:
+            self._stage(stage)
+
+    def statements(self) -> list[Einsum]:
+        """Everything the stored tensors and the states need, operands first."""
+        ordered: dict[str, Einsum] = {}
+        for name in (*self.states, *self.kernel.outputs):
+            self._visit(name, ordered)
+        return list(ordered.values())
+
+    def _stage(self, stage: Stage) -> None:
+        domain = None
+        for predicate in stage.domain.predicates:
+            domain = predicate if domain is None else Op("and", (domain, predicate))
+        for origin in stage.origins:
+            self.table[_origin(origin.name)] = Einsum(_origin(origin.name), origin.ranks, origin.expr)
+        ranks = {}
+        for state in stage.states:
+            name = _state(state.name)
+            where = domain if state.where is None else state.where if domain is None else Op("and", (domain, state.where))
+            self.table[name] = Einsum(name, state.ranks, state.summand, state.op, state.over, where)
+            self.states.append(name)
+            ranks[state.name] = state.ranks
+        results = {r.out: r.ranks for r in stage.reductions}
+        for value in stage.values:
+            self.table[value.reduction] = Einsum(value.reduction, results[value.reduction], _rebuilt(value, ranks))
+
+    def _visit(self, name: str, ordered: dict[str, Einsum]) -> None:
+        s = self.table.get(name)
+        if s is None or name in ordered:
+            return
+        expr, where = self._spelled(s.expr), None if s.where is None else self._spelled(s.where)
+        for e in (s.expr, *([s.where] if s.where is not None else [])):
+            for read in reads(self._with_origins(e)):
+                self._visit(read.tensor, ordered)
+        ordered[name] = replace(s, out=self._name(name), expr=expr, where=where)
+
+    def _with_origins(self, e: Expr) -> Expr:
+        """`e` with each running origin as a tensor."""
+        return rewrite(e, lambda n: aligned(_origin(n.name), *self.origins[n.name].ranks) if isinstance(n, Tile) else None)
+
+    def _spelled(self, e: Expr) -> Expr:
+        return rewrite(self._with_origins(e), lambda n: replace(n, tensor=self._name(n.tensor)) if isinstance(n, Read) else None)
+
+    def _name(self, name: str) -> str:
+        own = name in self.table and name not in self.kernel.outputs
+        return f"{name}.{self.number}" if own else name
+
+
+def _rebuilt(value: Value, ranks: dict[str, tuple[str, ...]]) -> Expr:
+    """A reduction as the sum of coefficient * state."""
+    result = value.added
+    for coefficient, name in value.terms:
+        state = aligned(_state(name), *ranks[name])
+        term: Expr = state if coefficient is None else Op("mul", (coefficient, state))
+        result = term if result is None else Op("add", (result, term))
+    return Const(0.0) if result is None else result
+
+
+def _state(name: str) -> str:
+    return f"state {name}"
+
+
+def _origin(name: str) -> str:
+    return f"origin {name}"
