@@ -32,8 +32,8 @@ from .inputs import DISTRIBUTIONS, Distribution, has_holes, make_inputs
 
 Sizes = dict[str, int]
 GUARD_BYTES = 256
-MAX_ELEMENTS = 1 << 24  # of the largest tensor the reference makes
-MAX_OPERATIONS = 1 << 31  # of its largest statement
+MAX_ELEMENTS = 1 << 22  # of the largest tensor the reference makes
+MAX_OPERATIONS = 1 << 29  # of its largest statement
 _SMALL = (5, 3, 7, 2, 9, 1)
 
 
