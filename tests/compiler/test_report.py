@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from cascades import CASES, traced
 from einfall.compiler.figures import byte_count, duration, quantity
 from einfall.compiler.passes import make_plan
 from einfall.compiler.report import explain
@@ -15,6 +16,8 @@ from einfall.ir.expr import Const, Op, Tile, aligned
 from einfall.ir.plan import Correction, Domain, KernelPlan, Origin, Plan, Rejected, Stage, State, Value
 from einfall.ir.text import parse_cascade
 from einfall.schedules.target import load_target
+from hypothesis import given, settings
+from strategies import cascades
 
 ATTENTION = """
 cascade attention(Q[b,m,e], K[b,p,e], V[b,p,f], scale: f32) -> O[b,m,f]
@@ -237,3 +240,26 @@ def test_units_of_figures():
     assert byte_count(1536) == "1.54 kB"
     assert byte_count(12) == "12 B"
     assert [duration(x) for x in (0.5, 12, 1500, 2.5e6)] == ["0.5 us", "12 us", "1.5 ms", "2.5 s"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_cascades_in_use_come_down_to_one_pass(case):
+    data = explain(traced(case), case.sizes, load_target("cpu:generic")).to_dict()
+    assert data["passes"]["after"][case.reduced] == 1
+    assert data["passes"]["before"][case.reduced] >= 1
+    assert data["roofline_us"] > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(cascades())
+def test_any_cascade_is_explained_and_never_takes_more_passes_than_written(drawn):
+    cascade, tensors, _ = drawn
+    sizes = {axis[0]: n for t in cascade.inputs for axis, n in zip(t.axes, tensors[t.name].shape, strict=True) if len(axis) == 1}
+    found = explain(cascade, sizes, load_target("cpu:generic"))
+    data = found.to_dict()
+    assert json.loads(json.dumps(data))["missing"] == []
+    assert all(count <= data["passes"]["before"][rank] for rank, count in data["passes"]["after"].items())
+    moved_in = {t["tensor"]: t["bytes"] for t in data["traffic"] if t["direction"] == "in"}
+    assert all(moved_in[name] == tensors[name].nbytes for name in moved_in)
+    assert found.to_text().endswith("\n")
+    assert found.to_html().endswith("</html>\n")
