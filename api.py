@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .compiler.scalars import converter, to_float
 from .configuration import Settings, current
 from .ir.cascade import Cascade
 from .ir.errors import BindingError, DatabaseError, UnsupportedError
@@ -65,10 +66,14 @@ def load(folder: str | Path) -> Executable:
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:
-    """The arguments of a kernel: tensors in order, scalars and static arguments with their defaults (or `_REQUIRED`)."""
+    """The arguments of a kernel: tensors in order, scalars and static arguments with their defaults (or `_REQUIRED`).
+
+    `numbers` has the scalars again, each with what makes it a number.
+    """
 
     tensors: tuple[str, ...]
     scalars: tuple[tuple[str, Any], ...]
+    numbers: tuple[tuple[str, Any, Callable[[Any], float]], ...]
     static: tuple[tuple[str, Any], ...]
 
     @staticmethod
@@ -83,11 +88,12 @@ class _Parameters:
                 static.append((parameter.name, parameter.default))
             else:
                 tensors.append(parameter.name)
-        return _Parameters(tuple(tensors), tuple(scalars), tuple(static))
+        return _Parameters(tuple(tensors), tuple(scalars), tuple((n, d, to_float) for n, d in scalars), tuple(static))
 
     @staticmethod
     def of_cascade(cascade: Cascade) -> _Parameters:
-        return _Parameters(tuple(t.name for t in cascade.inputs), tuple((s.name, _REQUIRED) for s in cascade.scalars), ())
+        numbers = tuple((s.name, _REQUIRED, converter(s.dtype)) for s in cascade.scalars)
+        return _Parameters(tuple(t.name for t in cascade.inputs), tuple((n, d) for n, d, _ in numbers), numbers, ())
 
 
 class Kernel:
@@ -199,7 +205,7 @@ class Kernel:
                 tuple([named.get(name, default) for name, default in parameters.static]) if parameters.static else (),
             )
             executable, bound = self._memo[key]
-            scalars = [float(named.get(name, default)) for name, default in parameters.scalars]
+            scalars = [convert(named.get(name, default)) for name, default, convert in parameters.numbers]
             if self._memo_settings is not current() or not named.keys() <= self._names:
                 raise KeyError
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # something is new or wrong: look closely

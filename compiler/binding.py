@@ -12,6 +12,7 @@ from ..ir.binding import bind_sizes, from_torch, to_torch
 from ..ir.cascade import Axis, Cascade
 from ..ir.errors import BindingError
 from ..ir.types import DType
+from .scalars import converter
 
 
 def complete_sizes(cascade: Cascade, dims: Mapping[str, int]) -> dict[str, int]:
@@ -82,7 +83,7 @@ def arguments(cascade: Cascade, tensors: Sequence[Any], named: Mapping[str, Any]
     values: dict[str, float | int] = {}
     for name, value in named.items():
         if name in scalars:
-            values[name] = _number(cascade, name, value, whole=not scalars[name].is_float)
+            values[name] = _number(cascade, name, value, scalars[name])
         elif name not in names:
             near = get_close_matches(name, [*names, *scalars], 1)
             known = ", ".join((*names, *scalars))
@@ -111,16 +112,12 @@ def arguments(cascade: Cascade, tensors: Sequence[Any], named: Mapping[str, Any]
     return tuple(given[name] for name in names), [values[name] for name in scalars]
 
 
-def _number(cascade: Cascade, name: str, value: Any, *, whole: bool) -> float | int:
+def _number(cascade: Cascade, name: str, value: Any, dtype: DType) -> float | int:
     try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise BindingError(f"the scalar {name} is {value!r}, expected a number", cascade=cascade.name) from None
-    if whole and number != int(number):
-        raise BindingError(f"the scalar {name} is {value!r}, expected a whole number", cascade=cascade.name)
-    return int(number) if whole else number
+        return converter(dtype)(value)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        kind = "a number" if dtype.is_float else "a whole number"
+        raise BindingError(f"the scalar {name} is {value!r}, expected {kind}", cascade=cascade.name) from None
 
 
 def strided_inputs(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:

@@ -23,6 +23,7 @@ from ..ir.tile import TileProgram
 from ..ir.types import dtype as dtype_named
 from ..schedules.schedule import Schedule
 from .binding import arguments, given_outputs, shape_of, strided_inputs
+from .scalars import converter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -167,7 +168,7 @@ class Executable:
         self.static = {rank: size for part in parts for rank, size in part.call.static}
         self._names = tuple(t.name for t in cascade.inputs)
         self._scalars = tuple(s.name for s in cascade.scalars)
-        self._converters = tuple((s.name, float if s.dtype.is_float else int) for s in cascade.scalars)
+        self._converters = tuple((s.name, converter(s.dtype)) for s in cascade.scalars)
         self._memo: dict[tuple[object, ...], Bound] = {}
         self._functions: tuple[Function, ...] | None = None
         self._plan: Plan | None = None
