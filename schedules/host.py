@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..ir.types import f32
-from .target import Basis, Cache, Memory, Target, Unit, read_target
+from .machine import Basis, Cache, Memory, Target, Unit, read_target
 
 _COMPUTE = ("avx", "amx", "fma", "f16c", "sse4", "ssse3", "popcnt", "bmi", "gfni", "asimd", "sve", "sme", "bf16", "i8mm", "fphp")
 _SPECIAL_COST = 18  # vector instructions of a polynomial exp with its range reduction
