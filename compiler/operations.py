@@ -25,7 +25,7 @@ from ..ir.cascade import Cascade, Concat, Einsum, Iterate, Populate, Scan, Scatt
 from ..ir.expr import OPS, Cast, Const, Expr, Extent, Index, Op, Read, children, index_ranks, reads, walk
 from ..ir.infer import declared_types, expression_ranks, expression_type
 from ..ir.plan import Plan
-from ..ir.types import DType, f32
+from ..ir.types import DType, accumulator, f32
 from ..schedules.target import Does
 from .planned import planned_cascade
 
@@ -135,7 +135,8 @@ def _evaluate(e: Expr, indices: Mapping[str, _Array], sizes: Mapping[str, int]) 
 class _Counter:
     """One count: the work is collected statement by statement; `outer` are the ranks of the iterations around it.
 
-    With `across` equal subexpressions count once in the whole cascade, not once a statement.
+    With `across`, for the kernels of a plan, equal subexpressions count once in the whole cascade, not once a statement, and maps of
+    narrow floats run in f32.
     """
 
     def __init__(self, c: Cascade, sizes: Mapping[str, int], *, across: bool = False) -> None:
@@ -155,6 +156,8 @@ class _Counter:
         return tuple(Work(unit, dtype, round(n), name) for (name, unit, dtype), n in self.found.items() if n > 0)
 
     def _add(self, name: str, unit: Does, dtype: DType, ranks: set[str], each: float = 1.0, mask: Expr | None = None) -> None:
+        if self.across and unit != "matrix" and dtype.is_float:
+            dtype = accumulator(dtype)  # kernels keep what is between in f32, whatever its declared type
         share = self._share(mask) if mask is not None and set(index_ranks(mask)) <= ranks else 1.0
         points = prod(self.sizes[r] for r in {*ranks, *self.outer})
         key = (name, unit, dtype)

@@ -227,6 +227,14 @@ def test_a_plan_computes_what_its_states_need():
     }
 
 
+def test_kernels_multiply_narrow_and_keep_the_rest_wide():
+    c = parse_cascade(ATTENTION.replace("e],", "e]: bf16,").replace("f],", "f]: bf16,"))
+    assert {(w.unit, w.dtype.name) for w in plan_operations(make_plan(c, SIZES), SIZES)} == {
+        ("matrix", "bf16"), ("vector", "f32"), ("special", "f32"),
+    }  # fmt: skip
+    assert ("special", "bf16") in {(w.unit, w.dtype.name) for w in operations(c, SIZES)}  # as declared
+
+
 def test_a_mask_written_as_minus_infinity_halves_the_plan():
     masked = CAUSAL.replace("(p where p <= m)", "(p)").replace("  M[m]", "  T[m,p] = where(p <= m, S[m,p], -inf)\n  M[m]")
     c = parse_cascade(masked.replace("max(p) S[", "max(p) T[").replace("exp(S[", "exp(T["))
