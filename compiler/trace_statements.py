@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..ir import cascade as ir
+from ..ir.check_statements import RESERVED
 from ..ir.expr import OPS, Bitcast, Cast, Const, Expr, Index, Op, Read
 from ..ir.types import boolean
 from .trace_graph import (
@@ -35,7 +36,6 @@ from .trace_graph import (
     operands,
 )  # fmt: skip
 
-RESERVED = frozenset({"inf", "nan", "true", "false"})
 _ALWAYS = (Reduce, Scan, Scatter, Concat, Result)
 _CONDITION_SIZE = 15  # a condition of up to so many nodes is written out wherever it is used
 _INDEX_SIZE = 64  # likewise an expression over indices, extents and scalars alone

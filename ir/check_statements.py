@@ -32,7 +32,8 @@ from .infer import declared_types, expression_ranks, expression_type
 from .types import DType, boolean
 
 RULES = ("topk", "sort", "threshold", "mass")
-LITERALS = frozenset({"inf", "nan", "true", "false"})
+RESERVED = frozenset({"inf", "nan", "true", "false", "else"})  # literals, and what ends the coordinates of a read
+_NAMES = f"letters, digits and underscores, and none of {', '.join(sorted(RESERVED))}"
 _SIZE_OPS = ("add", "sub", "mul", "floordiv", "mod", "minimum", "maximum")
 
 
@@ -130,19 +131,17 @@ def check_names(c: Cascade) -> Iterator[Fault]:
     named = [(t.name, "an input", None) for t in c.inputs] + [(s.name, "a scalar", None) for s in c.scalars]
     statements = [(name, "a tensor", site.statement) for site in sites(c) for name, _ in defined(site.statement)]
     for name, what, statement in [*named, *statements]:
-        if not name.isidentifier():
-            yield Fault(f"{name!r} is no name for {what}", statement, "letters, digits and underscores")
+        if not name.isidentifier() or name in RESERVED:
+            yield Fault(f"{name!r} is no name for {what}", statement, _NAMES)
         if name in seen:
             yield Fault(f"{name!r} is {seen[name]} already, and defined again as {what}", statement, "every tensor has a name of its own")
         seen[name] = what
     scalars = {s.name for s in c.scalars}
     for rank in c.all_ranks():
-        if not rank.isidentifier() or rank in LITERALS:
-            yield Fault(f"{rank!r} is no name for a rank", hint="letters, digits and underscores; inf, nan, true and false are literals")
+        if not rank.isidentifier() or rank in RESERVED:
+            yield Fault(f"{rank!r} is no name for a rank", hint=_NAMES)
         if rank in scalars:
             yield Fault(f"{rank!r} is a rank and a scalar", hint="a bare name must mean one of them: rename the scalar")
-    for scalar in scalars & LITERALS:
-        yield Fault(f"{scalar!r} is a literal and cannot name a scalar")
 
 
 def check_axes(c: Cascade) -> Iterator[Fault]:

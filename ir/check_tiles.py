@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .check_statements import LITERALS, nearest, node_types
+from .check_statements import RESERVED, nearest, node_types
 from .errors import CascadeError
 from .expr import OPS, REDUCTIONS, Count, Expr, Masked, Op, Read, Scalar, Seen, Start, Tile, walk
 from .infer import expression_ranks, expression_type
@@ -128,8 +128,8 @@ def check_kernel_names(p: TileProgram) -> Iterator[TileFault]:
             seen.add(name)
     ranks = program_ranks(p)
     for name in (*scalars, *tiles, *ranks):
-        if name in LITERALS:
-            yield TileFault(f"{name!r} is a literal and names nothing")
+        if name in RESERVED:
+            yield TileFault(f"{name!r} is reserved and names nothing")
     for name in scalars:
         if name in ranks:
             yield TileFault(f"{name!r} is a rank and a scalar")

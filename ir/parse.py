@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+from lark import Token, Tree
 
 from .cascade import (
     Axis,
@@ -51,169 +49,23 @@ from .expr import (
     Tile,
     walk,
 )  # fmt: skip
+from .source import ONE_REDUCTION, REDUCTION_WORDS, ParseTree, Source
 from .tile import Bounds, Dot, GridRank, Loop, LoopState, Map, Node, Reduce, Store, TileOutput, TileProgram
 from .types import DTYPES, DType, dtype, f32
 
-_Tree: TypeAlias = "Tree[Token]"
 _BINARY = {info.symbol: name for name, info in OPS.items() if info.symbol and info.arity == 2}
 _PREFIX = {info.symbol: name for name, info in OPS.items() if info.symbol and info.arity == 1}
 _LITERALS = {"inf": math.inf, "nan": math.nan, "true": True, "false": False}
 _LEAVES: dict[str, Callable[[str], Expr]] = {
     "index": Index, "extent": Extent, "tile": Tile, "start": Start, "count": Count, "seen": Seen,
 }  # fmt: skip
-_REDUCTION_WORDS = ("sum", "prod", "max", "min", "any", "all", "argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin")
-_OPERAND = frozenset({"NAME", "INT", "FLOAT", "LPAR", "MINUS", "NOT"})
-_OPERATOR = frozenset({"OR", "XOR", "AND", "COMPARE", "SHIFT", "ADD", "MUL", "POW"})
-_WORDS = {
-    "NAME": "a name", "INT": "a whole number", "FLOAT": "a number", "NOTE": "", "$END": "the end of the text",
-    "_NL": "the end of the line", "_INDENT": "an indented line", "_DEDENT": "the end of the block",
-    "REDUCE": "a reduction", "SCAN": "a scan", "POPULATE": "topk, sort, threshold or mass", "SCATTER": "scatter", "CONCAT": "concat",
-    "DOT": "dot", "RANK": "`rank`", "ITERATE": "`iterate`", "UNTIL": "`until`", "GRID": "`grid`", "RESIDENT": "`resident`",
-    "STORE": "`store`", "STATE": "`state`", "FOR": "`for`",
-}  # fmt: skip
-
-
-@cache
-def _parser() -> Lark:
-    grammar = Path(__file__).with_name("cascade.lark").read_text(encoding="utf-8")
-    return Lark(grammar, parser="lalr", start=["cascade", "kernel"], postlex=_Lines(), propagate_positions=True, maybe_placeholders=True)
-
-
-class _Lines:
-    """Turns line breaks into blocks by their indentation; within brackets there are no lines and no notes."""
-
-    always_accept = ("_NL", "NOTE")
-
-    def process(self, stream: Iterator[Token]) -> Iterator[Token]:
-        """The tokens with `_INDENT` and `_DEDENT` put in."""
-        brackets, levels = 0, [0]
-        for token in stream:
-            if token.type in ("LPAR", "LSQB"):
-                brackets += 1
-            elif token.type in ("RPAR", "RSQB"):
-                brackets -= 1
-            if token.type not in ("_NL", "NOTE"):
-                yield token
-            elif brackets > 0:
-                continue
-            elif token.type == "NOTE":
-                yield token
-            else:
-                yield token
-                yield from self._indentation(token, levels)
-        for _ in levels[1:]:
-            yield Token("_DEDENT", "")
-
-    @staticmethod
-    def _indentation(token: Token, levels: list[int]) -> Iterator[Token]:
-        width = len(token.rsplit("\n", 1)[1].expandtabs(8))
-        if width > levels[-1]:
-            levels.append(width)
-            yield Token.new_borrow_pos("_INDENT", "", token)
-        while width < levels[-1]:
-            levels.pop()
-            yield Token.new_borrow_pos("_DEDENT", "", token)
-        if width != levels[-1]:
-            raise _BadIndent(token.end_line or 0, width)
-
-
-class _BadIndent(Exception):
-    """A line stands between the indentations of the blocks above it."""
-
-    def __init__(self, line: int, width: int) -> None:
-        super().__init__(line, width)
-        self.line, self.width = line, width
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A text, where it is from, and how much was cut from the left of each of its lines and put before the first."""
-
-    text: str
-    file: str
-    margin: int
-
-    @staticmethod
-    def of(text: str, file: str) -> _Source:
-        dedented = textwrap.dedent(text.expandtabs(8))
-        first = next((line for line in text.expandtabs(8).splitlines() if line.strip()), "")
-        margin = len(first) - len(next((line for line in dedented.splitlines() if line.strip()), ""))
-        return _Source(dedented, file, margin)
-
-    def parse(self, start: str) -> _Tree:
-        """The tree of the whole text. Raises `CascadeError` at the first place that does not fit the grammar."""
-        try:
-            return _parser().parse("\n" + self.text + "\n", start=start)
-        except UnexpectedInput as error:
-            raise self._unexpected(error) from None
-        except _BadIndent as error:
-            location = self.location(error.line, error.width + 1)
-            raise CascadeError("this line belongs to no block above it", location=location, hint="indent it like its neighbours") from None
-
-    def location(self, line: int, column: int) -> Location:
-        """The place of a token, which the parser counts in the dedented text with an empty line before it."""
-        lines = self.text.splitlines()
-        number = min(max(line - 1, 1), max(len(lines), 1))
-        text = " " * self.margin + lines[number - 1] if lines else ""
-        at = column + self.margin if number == line - 1 else len(text) + 1
-        return Location(self.file, number, at, text)
-
-    def error(self, at: _Tree | Token, what: str, hint: str | None = None) -> CascadeError:
-        """An error at a tree or token."""
-        place = at if isinstance(at, Token) else at.meta
-        return CascadeError(what, location=self.location(getattr(place, "line", 1) or 1, getattr(place, "column", 1) or 1), hint=hint)
-
-    def _unexpected(self, error: UnexpectedInput) -> CascadeError:
-        location = self.location(error.line, error.column)
-        if isinstance(error, UnexpectedCharacters):
-            found, expected = repr(error.char), error.allowed or set()
-        elif isinstance(error, UnexpectedToken):
-            layout = error.token.type in ("_NL", "$END", "_INDENT", "_DEDENT")
-            found = _WORDS[error.token.type] if layout else repr(str(error.token))
-            expected = error.accepts or error.expected
-        else:
-            found, expected = "the end of the text", set()
-        return CascadeError(f"unexpected {found}, expected {_listed(expected)}", location=location, hint=_hint(found, expected))
-
-
-def _listed(expected: set[str]) -> str:
-    """What the grammar would accept, in words."""
-    words: list[str] = []
-    rest = set(expected)
-    if rest >= _OPERAND:
-        words.append("an expression")
-        rest -= _OPERAND
-    if len(_OPERATOR & rest) > 3:
-        words.append("an operator")
-        rest -= _OPERATOR
-    patterns = {t.name: t.pattern for t in _parser().terminals}
-    for name in sorted(rest):
-        word = _WORDS.get(name)
-        if word is None:
-            word = f"'{patterns[name].value}'" if name in patterns and patterns[name].type == "str" else name.lower()
-        if word:
-            words.append(word)
-    words = list(dict.fromkeys(words))
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1] if words else "nothing more"
-
-
-def _hint(found: str, expected: set[str]) -> str:
-    if "CASCADE" in expected or "KERNEL" in expected:
-        return "a text begins with its header: cascade name(X[b,m]: f32) -> Y[b]"
-    if found == "'='":
-        return "== compares; a statement is one line: S[b,m] = sum(e) Q[b,m,e]"
-    if found in ("'<'", "'>'", "'<='", "'>='", "'=='", "'!='"):
-        return "comparisons do not chain: (a < b) & (b < c)"
-    if "_INDENT" in expected:
-        return "what belongs to the block is indented below it"
-    return "a statement reads S[b,m] = sum(e) Q[b,m,e] * K[b,e]; the grammar is in ir/README.md"
 
 
 @dataclass(slots=True)
 class _Builder:
     """Trees to nodes. `ranks` is the set of rank names of a tile program, None in a cascade, where any bare name is a rank."""
 
-    source: _Source
+    source: Source
     scalars: frozenset[str] = frozenset()
     ranks: frozenset[str] | None = None
     pieces: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -274,7 +126,7 @@ class _Builder:
             raise self.source.error(tree, "what is read outside of a tensor must be a literal", "X[p-1 else 0.0]")
         return value
 
-    def _call(self, tree: _Tree, size: bool) -> Expr:
+    def _call(self, tree: ParseTree, size: bool) -> Expr:
         token, *args = tree.children
         name = str(token)
         if name in _LEAVES:
@@ -295,10 +147,10 @@ class _Builder:
             return Cast(self.expr(args[0], size=size), DTYPES[name])
         return self._operation(tree, name, size)
 
-    def _operation(self, tree: _Tree, name: str, size: bool) -> Expr:
-        if name in _REDUCTION_WORDS:
+    def _operation(self, tree: ParseTree, name: str, size: bool) -> Expr:
+        if name in REDUCTION_WORDS:
             raise self.source.error(
-                tree, f"'{name}' inside an expression", "a reduction binds the rest of its line: give it a statement of its own"
+                tree, f"'{name}' inside an expression", ONE_REDUCTION
             )
         info = OPS.get(name)
         if info is None or info.symbol:
@@ -309,7 +161,7 @@ class _Builder:
         self._arity(tree, name, info.arity)
         return Op(name, tuple(self.expr(a, size=size) for a in tree.children[1:]))
 
-    def _arity(self, tree: _Tree, name: str, wanted: int) -> None:
+    def _arity(self, tree: ParseTree, name: str, wanted: int) -> None:
         found = len(tree.children) - 1
         if found != wanted:
             raise self.source.error(tree, f"{name} takes {wanted} operand{'s' if wanted > 1 else ''}, found {found}")
@@ -372,7 +224,7 @@ class _Builder:
             case _:
                 return self._iterate(children, place)
 
-    def _populate(self, tree: _Tree, children: list[Any], place: Location) -> Populate:
+    def _populate(self, tree: ParseTree, children: list[Any], place: Location) -> Populate:
         (values, ranks), (coords, other) = self.left(children[0]), self.left(children[1])
         if ranks != other:
             raise self.source.error(tree, f"{values}[{','.join(ranks)}] and {coords}[{','.join(other)}] must have the same ranks")
@@ -380,7 +232,7 @@ class _Builder:
         least = None if parameter is None else self.expr(parameter.children[0])
         return Populate(values, coords, ranks, self.expr(x), str(rule), str(over), str(into), least, self._where(where), place)
 
-    def _concat(self, tree: _Tree, children: list[Any], place: Location) -> Concat:
+    def _concat(self, tree: ParseTree, children: list[Any], place: Location) -> Concat:
         name, ranks = self.left(children[0])
         rank, given, parts = str(children[2]), children[3], children[4:]
         pieces = self.pieces.get(rank) if given is None else _strings(given.children[0])
@@ -406,6 +258,11 @@ class _Builder:
             else:
                 body.append(self.statement(line))
         return Iterate(str(children[1]), tuple(states), tuple(body), until, place)
+
+    def grid_rank(self, tree: Any) -> GridRank:
+        """A rank of the grid; its tile is 1 unless given."""
+        rank, tile = tree.children
+        return GridRank(str(rank), 1 if tile is None else int(tile))
 
     def left(self, tree: Any) -> tuple[str, tuple[str, ...]]:
         """The name and ranks on the left of `=`."""
@@ -438,6 +295,8 @@ class _Builder:
                 _, target, x, note = children
                 read = self.expr(target)
                 assert isinstance(read, Read)
+                if read.fill is not None:
+                    raise self.source.error(target, "a store has no fill", "points outside an extent are not written")
                 return Store(read.tensor, read.coords, self.expr(x), _note(note))
             case _:
                 return self._loop(tree)
@@ -481,7 +340,7 @@ def _nearest(name: str, known: Any) -> str:
     return f"'{near[0]}'?" if near else f"one of {', '.join(known)}"
 
 
-def _program_ranks(tree: _Tree) -> frozenset[str]:
+def _program_ranks(tree: ParseTree) -> frozenset[str]:
     """Every name that stands where a rank does."""
     found: set[str] = set()
     for part in tree.iter_subtrees():
@@ -501,45 +360,47 @@ def _program_ranks(tree: _Tree) -> frozenset[str]:
 
 def parse_cascade(text: str, file: str = "<text>") -> Cascade:
     """The cascade a text describes. Raises `CascadeError` with the place, what was expected and a hint."""
-    source = _Source.of(text, file)
+    source = Source.of(text, file)
     tree = source.parse("cascade")
     builder = _Builder(source)
     name, arguments, results, *lines = _without_notes(tree)
-    try:
+    with _naming(str(name)):
         inputs, scalars = builder.arguments(arguments)
         outputs = builder.outputs(results)
         for output, of_type in outputs:
             if of_type is not None:
                 raise source.error(of_type, f"the type of {output.name} follows from its statement", "cast in the statement: bf16(x)")
-        ranks = tuple(builder.rank_line(line) for line in _where_data(lines, "rank_line"))
-        body = tuple(builder.statement(line) for line in lines if line not in _where_data(lines, "rank_line"))
-    except RecursionError:
-        raise CascadeError("an expression is nested too deeply", cascade=str(name), hint="name parts of it in statements") from None
-    except CascadeError as error:
-        raise CascadeError(error.what, cascade=str(name), location=error.location, hint=error.hint) from None
+        ranks = tuple(builder.rank_line(line) for line in _of(lines, "rank_line"))
+        body = tuple(builder.statement(line) for line in lines if line.data != "rank_line")
     return Cascade(str(name), inputs, scalars, ranks, body, tuple(output for output, _ in outputs))
 
 
-def _where_data(lines: list[Any], data: str) -> list[Any]:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors on the way from the tree to nodes name the cascade; Python's limit on nesting becomes one of them."""
+    try:
+        yield
+    except RecursionError:
+        raise CascadeError("an expression is nested too deeply", cascade=name, hint="name parts of it in statements") from None
+    except CascadeError as error:
+        raise CascadeError(error.what, cascade=name, location=error.location, hint=error.hint) from None
+
+
+def _of(lines: list[Any], data: str) -> list[Any]:
     return [line for line in lines if line.data == data]
 
 
 def parse_program(text: str, file: str = "<text>") -> TileProgram:
     """The tile program a text describes. Raises `CascadeError` with the place, what was expected and a hint."""
-    source = _Source.of(text, file)
+    source = Source.of(text, file)
     tree = source.parse("kernel")
     builder = _Builder(source, ranks=_program_ranks(tree))
     name, arguments, results, *lines = _without_notes(tree)
-    inputs, scalars = builder.arguments(arguments)
-    outputs = tuple(TileOutput(output, builder.type_of(of_type)) for output, of_type in builder.outputs(results))
-    ranks = tuple(builder.rank_line(line) for line in _where_data(lines, "rank_line"))
-    grid = tuple(
-        GridRank(str(axis.children[0]), 1 if axis.children[1] is None else int(axis.children[1]))
-        for line in _where_data(lines, "grid")
-        for axis in _trees(line)
-    )
-    resident = tuple(rank for line in _where_data(lines, "resident") for rank in _strings(line.children[1]))
-    body = tuple(builder.node(line) for line in lines if line.data not in ("rank_line", "grid", "resident"))
+    with _naming(str(name)):
+        inputs, scalars = builder.arguments(arguments)
+        outputs = tuple(TileOutput(output, builder.type_of(of_type)) for output, of_type in builder.outputs(results))
+        ranks = tuple(builder.rank_line(line) for line in _of(lines, "rank_line"))
+        grid = tuple(builder.grid_rank(axis) for line in _of(lines, "grid") for axis in _trees(line))
+        resident = tuple(rank for line in _of(lines, "resident") for rank in _strings(line.children[1]))
+        body = tuple(builder.node(line) for line in lines if line.data not in ("rank_line", "grid", "resident"))
     return TileProgram(str(name), inputs, outputs, scalars, ranks, grid, resident, body)
-
-
