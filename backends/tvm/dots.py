@@ -61,7 +61,7 @@ def is_paired(kernel: Kernel, dot: Dot) -> str | None:
 def emit_dot(kernel: Kernel, dot: Dot, loops: tuple[Active, ...], out: list[Statement]) -> None:
     """The loops of a contraction, appended to `out`."""
     kernel.evaluator.statement = dot.dst
-    out.append(Comment(dot.note or f"{dot.dst}[{', '.join(dot.ranks)}] = dot({', '.join(dot.over)})"))
+    out.append(Comment(kernel.text(dot)))
     tile = register_tile(kernel, dot)
     nest = _blocks(kernel, dot, tile, loops, out)
     acc = kernel.names.fresh("acc")
@@ -84,8 +84,8 @@ def _blocks(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tuple[Active, .
     order = sorted(dot.ranks, key=lambda r: (r not in both, r != lane))
     for rank in order:
         width = tile.width(rank)
-        exact = width == 1 and kernel.is_exact(rank, loops)
-        nest.loop(kernel.names, rank, ts.ceil_div(kernel.trip(rank, loops), width), step=width, prefix="b", exact=exact)
+        exact = width == 1 and kernel.spans_exactly(rank, loops)
+        nest.loop(kernel.names, rank, ts.ceil_div(kernel.span(rank, loops), width), step=width, prefix="b", exact=exact)
     return nest
 
 
@@ -187,7 +187,7 @@ def _pair(kernel: Kernel, e: Expr, paired: str, at: Point, out: list[Statement])
     """Two neighbouring elements along the contracted rank as one i32."""
     if isinstance(e, Tile):
         buffer = kernel.buffers[e.name]
-        pair = {**at.local, paired: ts.floor_div(at.local[paired], ts.integer(2))}
+        pair = {**at.local, paired: ts.quotient(at.local[paired], ts.integer(2))}
         return buffer.at(pair, at.lane, at.lanes) if at.lane in buffer.ranks else buffer.at(pair)
     assert isinstance(e, Read)
     scalar = kernel.evaluator.value(e, replace(at, lane=None, lanes=1, exact=at.exact | {paired}), out)
@@ -221,3 +221,8 @@ def _write_horizontal(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, o
         _write_back(kernel, dot, replace(point, lane=None, lanes=1), kernel.evaluator.bind(total, dot.dst, body), update, body)
 
     _each(kernel, tile, at, out, write, acc)
+
+
+def covered_by_dot(kernel: Kernel, dot: Dot, rank: str) -> int:
+    """How many elements along `rank` the dot computes at once."""
+    return register_tile(kernel, dot).width(rank) if rank in dot.ranks else 1

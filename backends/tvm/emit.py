@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ...ir.expr import Const, Expr, Op, Start
-from ...ir.infer import expression_ranks
-from ...ir.tile import Dot, Loop, TileProgram
+from ...ir.expr import Expr, Masked, Start, walk
+from ...ir.tile import Dot, GridRank, Loop, Store, TileProgram
 from ...ir.types import DType
 from ...schedules.layout import complete, padded_sizes
 from ...schedules.schedule import Schedule
@@ -14,15 +15,15 @@ from ...schedules.target import Target
 from ..base import Source
 from . import script as ts
 from .alias import alias_tiles
-from .cpu import Cpu, cpu_of
-from .dots import emit_dot
+from .cpu import cpu_of
+from .dots import covered_by_dot, emit_dot
 from .evaluate import Active, Evaluator, Point, RankPlace
-from .groups import emit_group
+from .groups import covered_by_group, emit_group
 from .kernel import Kernel
 from .memory import Memory
 from .pack import pack_operands
 from .partition import Group, partition
-from .prepare import Step, Stream, all_steps, program_steps, tile_table, tiles_read
+from .prepare import Step, Stream, all_steps, expressions_of, program_steps, tile_table, tiles_read
 from .script import Alloc, Comment, For, Let, Names, Statement, Value, render
 from .tiles import TileBuffer, tile_buffer
 from .vector_math import helpers_ir
@@ -55,7 +56,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     task: list[Statement] = []
     used = dict.fromkeys(b.name for b in buffers.values())
     body: list[Statement] = []
-    _emit_steps(kernel, kept, (), body)
+    _emit_parts(kernel, partition(kept, kernel.info), (), body)
     text_of_body = "\n".join(render(body))
     for name in used:
         if f"{name}[" in text_of_body:
@@ -125,8 +126,8 @@ def _readers(steps: tuple[Step, ...], aliases: Mapping[str, str]) -> dict[str, f
     return {tile: frozenset(ids) for tile, ids in found.items()}
 
 
-def _emit_steps(kernel: Kernel, steps: tuple[Step, ...], loops: tuple[Active, ...], out: list[Statement]) -> None:
-    for part in partition(steps, kernel.info):
+def _emit_parts(kernel: Kernel, parts: list[Group | Dot | Stream], loops: tuple[Active, ...], out: list[Statement]) -> None:
+    for part in parts:
         match part:
             case Group():
                 emit_group(kernel, part, loops, out)
@@ -136,45 +137,99 @@ def _emit_steps(kernel: Kernel, steps: tuple[Step, ...], loops: tuple[Active, ..
                 _emit_stream(kernel, part, loops, out)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Consecutive tiles of a stream that are emitted as one loop."""
+
+    first: Value
+    last: Value
+    edge: bool
+
+
 def _emit_stream(kernel: Kernel, stream: Stream, loops: tuple[Active, ...], out: list[Statement]) -> None:
     """The loop as up to three: tiles at the first edge of the domain, tiles wholly inside it, tiles at the last edge."""
     loop = stream.loop
-    names = kernel.names
+    tile = ts.integer(loop.tile)
+    parts = partition(stream.body, kernel.info)
+    low, high, runs = _runs(kernel, stream, loops, out)
+    for run in runs:
+        variable = ts.name(kernel.names.fresh("j", loop.rank), "int64")
+        start = Value(kernel.names.fresh("s", loop.rank), "int64")
+        body: list[Statement] = [Let(start.text, _int64(ts.mul(variable, tile)))]
+        active = Active(loop, start)
+        if run.edge:
+            valid = ts.name(kernel.names.fresh("count", loop.rank))
+            body.append(Let(valid.text, ts.narrow(_int64(ts.smaller(ts.sub(high, start), tile)))))
+            span = _span(kernel, parts, loop, loops, valid)
+            if span.text != valid.text and span.number is None:
+                named = kernel.names.fresh("span", loop.rank)
+                body.append(Let(named, span))
+                span = ts.name(named)
+            active = Active(loop, start, valid, span, low if low.number != 0 else None, high)
+        _emit_parts(kernel, parts, (*loops, active), body)
+        out.append(Comment(f"{loop.rank}: {loop.tile} at a time, {'at an edge of the domain' if run.edge else 'wholly inside the domain'}"))
+        out.append(For(variable.text, run.first, run.last, "range", body))
+
+
+def _runs(kernel: Kernel, stream: Stream, loops: tuple[Active, ...], out: list[Statement]) -> tuple[Value, Value, list[_Run]]:
+    """The first index and the end of the domain, and the runs of tiles; whatever is certain before the call is left out."""
+    loop, tile = stream.loop, ts.integer(stream.loop.tile)
     outside = Point(local={}, loops=loops)
-    extent = kernel.memory.extent(loop.rank)
-    tile = loop.tile
+    zero, extent = ts.integer(0), kernel.memory.extent(loop.rank)
 
     def bound(e: Expr) -> Value:
         return kernel.evaluator.coordinate(e, outside, out)
 
-    begin = ts.floor_div(ts.larger(bound(loop.bounds.begin), ts.integer(0)), ts.integer(tile))
-    stop = ts.smaller(bound(loop.bounds.end), extent) if loop.bounds.end != Const(0) else ts.integer(0)
-    end = ts.larger(ts.ceil_div(stop, tile), begin)
-    whole_begin = ts.ceil_div(ts.larger(bound(loop.bounds.whole_begin), ts.integer(0)), tile)
-    whole_end = ts.floor_div(ts.smaller(bound(loop.bounds.whole_end), extent), ts.integer(tile))
-    begin, end = (_named(kernel, v, f"{w}_{loop.rank}", out) for v, w in ((begin, "first"), (end, "last")))
-    start_inside = _named(kernel, ts.smaller(ts.larger(whole_begin, begin), end), f"inside_{loop.rank}", out)
-    end_inside = _named(kernel, ts.smaller(ts.larger(whole_end, start_inside), end), f"outside_{loop.rank}", out)
-    out.append(Comment(f"stream over {loop.rank}, {tile} at a time"))
-    last = extent if _stores(stream) else stop
-    for low, high, edge in ((begin, start_inside, True), (start_inside, end_inside, False), (end_inside, end, True)):
-        if low.text == high.text or (low.number is not None and high.number is not None and low.number >= high.number):
-            continue
-        variable = ts.name(names.fresh("j", loop.rank), "int64")
-        body: list[Statement] = []
-        start = Value(names.fresh("s", loop.rank), "int64")
-        body.append(Let(start.text, _int64(ts.mul(variable, ts.integer(tile)))))
-        valid = None
-        if edge:
-            valid = ts.name(names.fresh("count", loop.rank))
-            body.append(Let(valid.text, ts.narrow(_int64(ts.smaller(ts.sub(last, start), ts.integer(tile))))))
-        _emit_steps(kernel, stream.body, (*loops, Active(loop, start, valid)), body)
-        out.append(For(variable.text, low, high, "range", body))
+    def least(v: Value) -> Value:
+        return v if v.text == extent.text else ts.smaller(v, extent)
+
+    def positive(v: Value) -> Value:
+        return v if v.text == extent.text else ts.larger(v, zero)
+
+    def named(v: Value, wanted: str) -> Value:
+        return _named(kernel, v, f"{wanted}_{loop.rank}", out)
+
+    low = named(ts.larger(bound(loop.bounds.begin), zero), "begin")
+    high = named(least(bound(loop.bounds.end)), "end")
+    first = named(ts.quotient(low, tile), "first")
+    last = ts.ceil_div(positive(high), loop.tile)
+    last = named(last if first.number == 0 and high.text == extent.text else ts.larger(last, first), "last")
+    whole = ts.larger(bound(loop.bounds.whole_begin), zero)
+    inside = first if whole.number == 0 else named(ts.smaller(ts.larger(ts.ceil_div(whole, loop.tile), first), last), "inside")
+    outer = ts.quotient(positive(least(bound(loop.bounds.whole_end))), tile)
+    if not (inside.number == 0 and bound(loop.bounds.whole_end).text == high.text == extent.text):
+        outer = ts.smaller(ts.larger(outer, inside), last)
+    outer = named(outer, "outside")
+    if not _maskable(stream) and high.number is not None and high.number % loop.tile == 0 and low.number == 0:
+        return low, high, [_Run(first, last, False)]
+    runs = [_Run(first, inside, True), _Run(inside, outer, False), _Run(outer, last, True)]
+    high = extent if _stores(stream) else high
+    return low, high, [r for r in runs if r.first.text != r.last.text]
+
+
+def _maskable(stream: Stream) -> bool:
+    """Whether anything in the body looks at the domain."""
+    return any(isinstance(n, Masked) for s in all_steps(stream.body) for e in expressions_of(s) for n in walk(e))
+
+
+def _span(kernel: Kernel, parts: list[Group | Dot | Stream], loop: Loop, loops: tuple[Active, ...], valid: Value) -> Value:
+    """The count of an edge tile rounded up to what every statement of the body covers at once."""
+    step = 1
+    for part in parts:
+        if isinstance(part, Dot):
+            step = math.lcm(step, covered_by_dot(kernel, part, loop.rank))
+        elif isinstance(part, Group):
+            step = math.lcm(step, covered_by_group(kernel, part, loop))
+        else:
+            return ts.integer(loop.tile)
+    if step == 1:
+        return valid
+    if loop.tile % step or step >= loop.tile:
+        return ts.integer(loop.tile)
+    return ts.mul(ts.ceil_div(valid, step), ts.integer(step))
 
 
 def _stores(stream: Stream) -> bool:
-    from ...ir.tile import Store
-
     return any(isinstance(s, Store) for s in all_steps(stream.body))
 
 
@@ -200,8 +255,6 @@ def _depends_on_start(program: TileProgram, rank: str) -> bool:
 
 
 def _starts(e: Expr) -> set[str]:
-    from ...ir.expr import walk
-
     return {n.rank for n in walk(e) if isinstance(n, Start)}
 
 
@@ -211,7 +264,7 @@ def _function(kernel: Kernel, schedule: Schedule, starts: Mapping[str, Value], t
     lines = ["@T.prim_func(s_tir=True)", f"def {ENTRY}({', '.join(memory.parameters())}):"]
     lines += [f"    {line}" for line in ('T.func_attr({"tirx.noalias": True})', *memory.bindings())]
     body: list[Statement] = list(memory.derived)
-    counts = {axis.rank: ts.ceil_div(memory.extent(axis.rank), axis.tile) for axis in program.grid}
+    counts = {axis.rank: _count_tiles(kernel, axis, body) for axis in program.grid}
     total = ts.integer(1)
     for axis in program.grid:
         total = ts.mul(total, counts[axis.rank])
@@ -221,15 +274,8 @@ def _function(kernel: Kernel, schedule: Schedule, starts: Mapping[str, Value], t
         body += inner
         inner = body
     else:
-        if program.grid:
-            body.append(For("task", ts.integer(0), total, "T.parallel", inner))
-        rest = ts.name("task", total.dtype)
-        for position, axis in enumerate(reversed(program.grid)):
-            outermost = position == len(program.grid) - 1
-            index = rest if outermost else ts.floor_mod(rest, counts[axis.rank])
-            rest = ts.floor_div(rest, counts[axis.rank])
-            order = schedule.grid_order if _depends_on_start(program, axis.rank) else "rising"
-            inner.append(Let(starts[axis.rank].text, _int64(_ordered(index, counts[axis.rank], order))))
+        body.append(For("task", ts.integer(0), total, "T.parallel", inner))
+        _spread(kernel, schedule, starts, counts, ts.name("task", total.dtype), inner)
     for axis in program.grid:
         if axis.tile > 1:
             inner.append(Let(kernel.places[axis.rank].start.text, _int64(ts.mul(starts[axis.rank], ts.integer(axis.tile)))))
@@ -238,22 +284,39 @@ def _function(kernel: Kernel, schedule: Schedule, starts: Mapping[str, Value], t
     return lines + render(block, 1)
 
 
+def _count_tiles(kernel: Kernel, axis: GridRank, out: list[Statement]) -> Value:
+    """How many tasks there are along a rank."""
+    count = ts.ceil_div(kernel.memory.extent(axis.rank), axis.tile)
+    return count if count.text.isidentifier() else _named(kernel, count, f"tiles_{axis.rank}", out)
+
+
+def _spread(
+    kernel: Kernel, schedule: Schedule, starts: Mapping[str, Value], counts: Mapping[str, Value], task: Value, out: list[Statement]
+) -> None:
+    """The indices of a task along the grid's ranks, the last rank fastest."""
+    program = kernel.program
+    turning = [axis for axis in program.grid if counts[axis.rank].number != 1]
+    for axis in program.grid:
+        if axis not in turning:
+            out.append(Let(starts[axis.rank].text, Value("T.int64(0)", "int64")))
+    rest = task
+    for axis in reversed(turning):
+        count = counts[axis.rank]
+        outermost = axis is turning[0]
+        index = rest if outermost else ts.remainder(rest, count)
+        order = schedule.grid_order if _depends_on_start(program, axis.rank) else "rising"
+        out.append(Let(starts[axis.rank].text, _int64(_ordered(index, count, order))))
+        if not outermost:
+            rest = _named(kernel, ts.quotient(rest, count), "rest", out)
+
+
 def _ordered(index: Value, count: Value, order: str) -> Value:
     """The tile a task takes. Later tiles are heavier; a thread gets a run of tasks, so zigzag alternates light and heavy ones."""
     last = ts.sub(count, ts.integer(1))
     if order == "heavy_first":
-        return ts.sub(last, Value(f"({index.text})", index.dtype))
+        return ts.sub(last, index)
     if order == "zigzag":
-        half = f"(({index.text}) // 2)"
-        return Value(f"T.Select(({index.text}) % 2 == 0, {last.text} - {half}, {half})", index.dtype)
+        half = ts.quotient(index, ts.integer(2))
+        even = ts.remainder(index, ts.integer(2))
+        return Value(f"T.Select({even.text} == 0, {ts.sub(last, half).text}, {half.text})", "int64")
     return index
-
-
-def rank_order(e: Expr) -> tuple[str, ...]:
-    """The ranks of an expression in order."""
-    return expression_ranks(e) if not isinstance(e, Op) else expression_ranks(e)
-
-
-def cpu_features(target: Target) -> Cpu:
-    """The processor a target describes."""
-    return cpu_of(target)

@@ -30,11 +30,21 @@ RANK_OF_KIND = {"bool": 0, "uint8": 1, "int8": 1, "int16": 2, "int32": 3, "int64
 
 @dataclass(frozen=True, slots=True)
 class Active:
-    """A loop being emitted: its first index in this tile, and in an edge body how many elements are to be computed."""
+    """A loop being emitted: its first index in this tile, and in an edge body more.
+
+    Args:
+        valid: how many elements are to be computed; None in a tile wholly inside the domain.
+        span: `valid` rounded up to what every statement of the body covers, so that none reads what another did not write.
+        low: the least index that may be read, None where that is 0.
+        high: the index that ends what may be read.
+    """
 
     loop: Loop
     start: Value
     valid: Value | None = None
+    span: Value | None = None
+    low: Value | None = None
+    high: Value | None = None
 
     @property
     def edge(self) -> bool:
@@ -126,6 +136,17 @@ class Evaluator:
         if local is not None:
             return local
         raise UnsupportedError(f"the index of rank {rank!r} is not known here", statement=self.statement)
+
+    def bounded(self, rank: str, at: Point) -> Value:
+        """The index along `rank` as memory may be read at: clamped where it may leave the extent, or a loop's bounds."""
+        v = self.index(rank, at)
+        loop = self.active(rank, at)
+        if loop is not None and loop.low is not None and rank in at.local and rank != at.lane:
+            v = ts.larger(v, loop.low)
+        if self.ragged(rank, at):
+            limit = loop.high if loop is not None and loop.high is not None else self.memory.extent(rank)
+            v = ts.smaller(v, ts.sub(limit, ts.integer(1)))
+        return v
 
     def ragged(self, rank: str, at: Point) -> bool:
         """Whether the index along `rank` may lie beyond the extent."""
@@ -250,9 +271,9 @@ class Evaluator:
     def _half(self, buffer: TileBuffer, at: Point, vector: bool, out: list[Statement]) -> Value:
         """One element of a pair as f32."""
         local = at.local[str(buffer.paired)]
-        pair = {**at.local, str(buffer.paired): ts.floor_div(local, ts.integer(2))}
+        pair = {**at.local, str(buffer.paired): ts.quotient(local, ts.integer(2))}
         both = buffer.at(pair, at.lane, at.lanes) if vector else buffer.at(pair)
-        odd = ts.floor_mod(local, ts.integer(2))
+        odd = ts.remainder(local, ts.integer(2))
         low = Value(f"T.shift_left({both.text}, {ts.broadcast(ts.integer(16), both.lanes).text})", "int32", both.lanes)
         mask = ts.broadcast(Value("T.int32(-65536)", "int32"), both.lanes)
         high = Value(f"T.bitwise_and({both.text}, {mask.text})", "int32", both.lanes)
@@ -382,8 +403,8 @@ class Evaluator:
         coords, tests = [], []
         for rank, c in zip(ranks, e.coords, strict=True):
             if isinstance(c, Index):
-                v = self.index(c.rank, at)
-                if self.ragged(c.rank, at) or (c.rank != rank and e.fill is not None):
+                v = self.bounded(c.rank, at)
+                if e.fill is not None and c.rank != rank:
                     v = self._clamped(v, rank, tests, e.fill, low=False)
             else:
                 v = self.coordinate(c, at, out)
@@ -444,8 +465,7 @@ class Evaluator:
     def _single(self, e: Read, rank: str, at: Point, out: list[Statement]) -> tuple[Value, None]:
         c = e.coords[0]
         if isinstance(c, Index):
-            v = self.index(c.rank, at)
-            return (self._clamped(v, rank, [], None, low=False) if self.ragged(c.rank, at) else v), None
+            return self.bounded(c.rank, at), None
         v = self.coordinate(c, at, out)
         moving = any(self.ragged(r, at) for r in expression_ranks(c, self.tile_ranks))
         gathered = any(isinstance(n, (Tile, Read)) for n in walk(c))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ...ir.errors import UnsupportedError
 from ...ir.expr import REDUCTIONS
-from ...ir.tile import Map, Reduce, Store
+from ...ir.tile import Loop, Map, Reduce, Store
 from . import script as ts
 from .evaluate import Active, Point, compute_type
 from .kernel import Kernel, Nest
@@ -41,44 +42,27 @@ class Accumulators:
 
 def emit_group(kernel: Kernel, group: Group, loops: tuple[Active, ...], out: list[Statement]) -> None:
     """The loops of a group, appended to `out`."""
-    for row in group.rows:
-        out.append(Comment(describe(row)))
     lanes = kernel.cpu.lanes if group.lane is not None else 1
     nest = Nest(out, Point(local={}, lane=group.lane, lanes=lanes, loops=loops))
     paired = _paired_rank(kernel, group.rows)
     for rank in group.common:
         if rank != group.lane and rank != paired:
-            nest.loop(kernel.names, rank, kernel.trip(rank, loops), exact=kernel.is_exact(rank, loops))
+            nest.loop(kernel.names, rank, kernel.span(rank, loops), exact=kernel.spans_exactly(rank, loops))
     if group.lane in group.common:
         assert group.lane is not None
-        nest.loop(kernel.names, group.lane, ts.ceil_div(kernel.trip(group.lane, loops), lanes), step=lanes)
+        nest.loop(kernel.names, group.lane, ts.ceil_div(kernel.span(group.lane, loops), lanes), step=lanes)
     if paired in group.common:
         assert paired is not None
-        nest.loop(kernel.names, paired, ts.ceil_div(kernel.trip(paired, loops), 2), step=2)
+        nest.loop(kernel.names, paired, ts.ceil_div(kernel.span(paired, loops), 2), step=2)
     held: dict[str, Value] = {}
     for stage in stages(group, kernel.info):
         kernel.evaluator.statement = ", ".join(_name(row) for row in stage.rows)
         at = replace(nest.point, values=held)
+        nest.body.extend(Comment(kernel.text(row)) for row in stage.rows)
         if not stage.inner:
             held.update(_rows(kernel, stage.rows, group.rows, _variants(at, paired), {}, nest.body))
         else:
             held.update(_stage(kernel, group, stage, at, nest.body))
-
-
-def describe(row: Row) -> str:
-    """The comment over a statement: what the tile program says."""
-    return row.note or _plain(row)
-
-
-def _plain(row: Row) -> str:
-    ranks = f"[{', '.join(row.ranks)}]" if not isinstance(row, Store) else ""
-    match row:
-        case Reduce():
-            return f"{row.dst}{ranks} = {row.op}({', '.join(row.over)})"
-        case Store():
-            return f"store {row.tensor}"
-        case _:
-            return f"{row.dst}{ranks}"
 
 
 def _name(row: Row) -> str:
@@ -138,10 +122,10 @@ def _stage(kernel: Kernel, group: Group, stage: Stage, at: Point, out: list[Stat
     nest = Nest(out, replace(at, lanes=lanes))
     for rank in order[:-1]:
         pairs = rank == paired
-        count = kernel.trip(rank, at.loops)
-        nest.loop(kernel.names, rank, ts.ceil_div(count, 2) if pairs else count, step=2 if pairs else 1, prefix="w", exact=not pairs and kernel.is_exact(rank, at.loops))
-    exact = unroll == 1 and width == 1 and kernel.is_exact(last, at.loops)
-    nest.loop(kernel.names, last, ts.ceil_div(kernel.trip(last, at.loops), unroll * width), step=unroll * width, prefix="w", exact=exact)
+        count = kernel.span(rank, at.loops)
+        nest.loop(kernel.names, rank, ts.ceil_div(count, 2) if pairs else count, step=2 if pairs else 1, prefix="w", exact=not pairs and kernel.spans_exactly(rank, at.loops))
+    exact = unroll == 1 and width == 1 and kernel.spans_exactly(last, at.loops)
+    nest.loop(kernel.names, last, ts.ceil_div(kernel.span(last, at.loops), unroll * width), step=unroll * width, prefix="w", exact=exact)
     turns = unroll // 2 if pair else unroll
     u = ts.integer(0)
     if turns > 1:
@@ -155,7 +139,7 @@ def _stage(kernel: Kernel, group: Group, stage: Stage, at: Point, out: list[Stat
     if paired is not None and not pair and paired in stage.inner:
         slots["same"] = u
     _rows(kernel, stage.rows, stage.rows, _variants(nest.point, paired if paired in stage.inner else None), {k: (a, slots) for k, a in accumulators.items()}, nest.body)
-    return {name: kernel.evaluator.bind(_finish(kernel, a, at, out), name, out) for name, a in accumulators.items()}
+    return {name: _finish(kernel, group, a, at, out) for name, a in accumulators.items()}
 
 
 def _rows(
@@ -232,7 +216,7 @@ def _write_pair(kernel: Kernel, row: Map, variants: list[Point], values: list[Va
             v = kernel.evaluator.select(inside, v, ts.constant(0, "float32"))
         packed.append(v)
     at = variants[0]
-    pair = {**at.local, rank: ts.floor_div(at.local[rank], ts.integer(2))}
+    pair = {**at.local, rank: ts.quotient(at.local[rank], ts.integer(2))}
     kernel.evaluator.helpers.add(f"pack_bf16_v{at.lanes}")
     both = ts.extern(f"pack_bf16_v{at.lanes}", *packed, dtype="int32", lanes=at.lanes)
     out.append(Set(buffer.at(pair, at.lane, at.lanes), both))
@@ -322,10 +306,10 @@ def _accumulate(kernel: Kernel, a: Accumulators, slot: Value, at: Point, out: li
     out.append(Set(current, evaluator.select(better, v, current)))
 
 
-def _finish(kernel: Kernel, a: Accumulators, at: Point, out: list[Statement]) -> Value:
+def _finish(kernel: Kernel, group: Group, a: Accumulators, at: Point, out: list[Statement]) -> Value:
     """The accumulators combined into one value of the row, written where it is read outside the group."""
     if a.index is not None:
-        return _finish_arg(kernel, a, at, out)
+        return _finish_arg(kernel, group, a, at, out)
     parts = [a.at(ts.integer(u)) for u in range(a.unroll)]
     while len(parts) > 1:
         parts = [_combine(a.row.op, parts[i], parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
@@ -336,20 +320,20 @@ def _finish(kernel: Kernel, a: Accumulators, at: Point, out: list[Statement]) ->
         kernel.evaluator.helpers.add(function)
         v = ts.extern(function, v, dtype=a.dtype)
     v = kernel.evaluator.bind(v, a.row.dst, out)
-    return _result(kernel, a, at, v, out)
+    return _result(kernel, group, a, at, v, out)
 
 
-def _result(kernel: Kernel, a: Accumulators, at: Point, v: Value, out: list[Statement]) -> Value:
+def _result(kernel: Kernel, group: Group, a: Accumulators, at: Point, v: Value, out: list[Statement]) -> Value:
     compute = compute_type(a.row.dtype)
     stored = "int8" if compute == "bool" else compute
     if v.dtype != stored:
         v = kernel.evaluator.bind(kernel.evaluator.cast(v, stored), a.row.dst, out)
-    if kernel.readers.get(a.row.dst):
+    if kernel.leaves(a.row.dst, group.rows):
         write_tile(kernel, a.row.dst, at, v, out)
     return kernel.evaluator.cast(v, compute)
 
 
-def _finish_arg(kernel: Kernel, a: Accumulators, at: Point, out: list[Statement]) -> Value:
+def _finish_arg(kernel: Kernel, group: Group, a: Accumulators, at: Point, out: list[Statement]) -> Value:
     """The best of all accumulators, the lower coordinate where values are equal."""
     symbol = ">" if a.row.op == "argmax" else "<"
     horizontal = a.lanes > 1 and at.lane in a.row.over
@@ -359,7 +343,7 @@ def _finish_arg(kernel: Kernel, a: Accumulators, at: Point, out: list[Statement]
         for u in range(1, count):
             _keep_better(kernel, symbol, (first, second), (a.at(ts.integer(u)), a.index_at(ts.integer(u))), out)
         v = kernel.evaluator.bind(second, a.row.dst, out)
-        return _result(kernel, a, at, v, out)
+        return _result(kernel, group, a, at, v, out)
     outer, inner = ts.name(kernel.names.fresh("u")), ts.name(kernel.names.fresh("l"))
     best = (Value(f"{a.buffer}[0, 0]", a.dtype), Value(f"{a.index}[0, 0]", "int32"))
     other = (Value(f"{a.buffer}[{outer.text}, {inner.text}]", a.dtype), Value(f"{a.index}[{outer.text}, {inner.text}]", "int32"))
@@ -368,7 +352,7 @@ def _finish_arg(kernel: Kernel, a: Accumulators, at: Point, out: list[Statement]
     loop = For(inner.text, ts.integer(0), ts.integer(a.lanes), "range", body)
     out.append(For(outer.text, ts.integer(0), ts.integer(a.unroll), "range", [loop]))
     v = kernel.evaluator.bind(best[1], a.row.dst, out)
-    return _result(kernel, a, at, v, out)
+    return _result(kernel, group, a, at, v, out)
 
 
 def _keep_better(kernel: Kernel, symbol: str, best: tuple[Value, Value], other: tuple[Value, Value], out: list[Statement]) -> None:
@@ -492,6 +476,16 @@ def _store_lanes(kernel: Kernel, row: Store, at: Point, out: list[Statement]) ->
     out.append(For(var, ts.integer(0), ts.integer(at.lanes), "range", body))
 
 
-def row_stage(stage: Stage) -> bool:
-    """Whether a stage has no loops of its own."""
-    return not stage.inner
+
+def covered_by_group(kernel: Kernel, group: Group, loop: Loop) -> int:
+    """How many elements along the loop's rank the group computes at once."""
+    step = 1
+    lanes = kernel.cpu.lanes if group.lane == loop.rank else 1
+    if loop.rank in group.common:
+        step = lanes
+    for stage in stages(group, kernel.info):
+        if loop.rank in stage.inner and _inner_order(kernel, group, stage)[-1] == loop.rank:
+            step = math.lcm(step, lanes * _unroll(kernel, group, -(-loop.tile // lanes)))
+        elif loop.rank in stage.inner:
+            step = math.lcm(step, lanes)
+    return math.lcm(step, 2) if _paired_rank(kernel, group.rows) == loop.rank else step

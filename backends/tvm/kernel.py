@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...ir.expr import Read
 from ...ir.infer import expression_ranks
-from ...ir.tile import Loop, Map, Reduce, Store, TileProgram
+from ...ir.tile import Dot, Loop, Map, Reduce, Store, TileProgram
 from ...schedules.schedule import DotSchedule, GroupSchedule
 from . import script as ts
 from .cpu import Cpu
@@ -50,6 +50,25 @@ class Kernel:
         if active is not None and active.valid is not None:
             return active.valid
         return ts.integer(self.size(rank, loops))
+
+    def span(self, rank: str, loops: tuple[Active, ...]) -> Value:
+        """How many elements of `rank` are worked on: those computed, rounded up to what every statement of the loop's body covers."""
+        active = next((a for a in reversed(loops) if a.loop.rank == rank), None)
+        if active is not None and active.span is not None:
+            return active.span
+        return ts.integer(self.size(rank, loops))
+
+    def spans_exactly(self, rank: str, loops: tuple[Active, ...]) -> bool:
+        """Whether indices below `span` lie within the extent."""
+        active = next((a for a in loops if a.loop.rank == rank), None)
+        if active is not None:
+            return active.span is None or active.span == active.valid
+        return self.places[rank].fits
+
+    def text(self, node: Row | Dot) -> str:
+        """A statement as the tile program spells it."""
+        shown = Map(node.dst, node.ranks, node.expr, node.dtype, node.note) if isinstance(node, Assign) else node
+        return str(replace(self.program, body=(shown,))).splitlines()[-1].strip()
 
     def tiled(self, rank: str) -> bool:
         """Whether `rank` is a rank of tiles (not a grid rank of tile 1)."""

@@ -133,7 +133,7 @@ class Memory:
         for rank in factors:
             if rank != unknown[0]:
                 divisor = ts.mul(divisor, self.extents[rank])
-        self._derive(unknown[0], ts.floor_div(product, divisor))
+        self._derive(unknown[0], ts.quotient(product, divisor))
         return True
 
     def _derive(self, rank: str, value: Value) -> None:
@@ -154,7 +154,7 @@ class Memory:
                 x, y = self._size(a), self._size(b)
                 if x is None or y is None:
                     return None
-                return {"add": ts.add, "sub": ts.sub, "mul": ts.mul, "floordiv": ts.floor_div}[name](x, y)
+                return {"add": ts.add, "sub": ts.sub, "mul": ts.mul, "floordiv": ts.quotient}[name](x, y)
             case _:
                 return None
 

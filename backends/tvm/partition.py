@@ -94,7 +94,7 @@ def _joins(run: list[Row], row: Row, info: Callable[[Row], RowInfo]) -> bool:
     """Whether `row` can be computed in the loops of `run`."""
     trial = [*run, row]
     common = set(_common(trial, info))
-    if not common and any(info(r).ranks for r in trial):
+    if not common and all(info(r).ranks for r in trial):
         return False
     for r in trial:
         one = info(r)
@@ -102,8 +102,8 @@ def _joins(run: list[Row], row: Row, info: Callable[[Row], RowInfo]) -> bool:
             return False
         if set(one.over) & common:
             return False
-    before = _common(run, info)
-    if set(before) != common and not any(isinstance(r, Reduce) for r in trial):
+    before = set(_common(run, info))
+    if before != common and not any(isinstance(r, Reduce) for r in trial):
         return False  # without a reduction nothing is gained by pulling a rank out of the common ones
     lanes = [info(r) for r in trial if set(info(r).space) - common]
     wanted = {one.lane for one in lanes if one.lane is not None}
@@ -162,7 +162,3 @@ def _merged(parts: list[Stage]) -> list[Stage]:
             result.append(part)
     return result
 
-
-def store_guards(row: Store) -> tuple[Expr, ...]:
-    """The rank indices a store depends on."""
-    return tuple(n for c in row.coords for n in walk(c) if isinstance(n, Index))

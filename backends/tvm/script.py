@@ -115,13 +115,27 @@ def floor_mod(a: Value, n: Value) -> Value:
     return Value(f"{wrapped(a, PRODUCT)} % {wrapped(n, ATOM)}", _wide(a, n), binding=PRODUCT)
 
 
-def ceil_div(a: Value, n: int) -> Value:
-    """The quotient of an index and a constant, rounded up."""
-    if n == 1:
+def quotient(a: Value, n: Value) -> Value:
+    """The quotient of two indices that are not negative. TVM takes very long over rounding rules for signs it cannot tell."""
+    if n.number == 1:
         return a
-    if a.number is not None:
-        return constant(-(-int(a.number) // n), a.dtype)
-    return Value(f"T.ceildiv({a.text}, {n})", a.dtype)
+    if a.number is not None and n.number is not None:
+        return constant(int(a.number) // int(n.number), _wide(a, n))
+    return Value(f"T.truncdiv({a.text}, {n.text})", _wide(a, n))
+
+
+def remainder(a: Value, n: Value) -> Value:
+    """The remainder of two indices that are not negative."""
+    if n.number == 1:
+        return integer(0)
+    if a.number is not None and n.number is not None:
+        return constant(int(a.number) % int(n.number), _wide(a, n))
+    return Value(f"T.truncmod({a.text}, {n.text})", _wide(a, n))
+
+
+def ceil_div(a: Value, n: int) -> Value:
+    """The quotient of an index that is not negative and a constant, rounded up."""
+    return quotient(add(a, integer(n - 1)), integer(n))
 
 
 def smaller(a: Value, b: Value) -> Value:

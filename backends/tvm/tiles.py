@@ -22,8 +22,8 @@ class Part:
     def index(self, local: Value) -> Value:
         """This axis' index for the index `local` within the tile."""
         if self.kind == "/":
-            return ts.floor_div(local, ts.integer(self.n))
-        return ts.floor_mod(local, ts.integer(self.n)) if self.kind == "%" else local
+            return ts.quotient(local, ts.integer(self.n))
+        return ts.remainder(local, ts.integer(self.n)) if self.kind == "%" else local
 
     def extent(self, padded: int) -> int:
         if self.kind == "/":

@@ -315,26 +315,19 @@ def _store(cpu: Cpu, t: str, n: int, masked: bool) -> str:
 
 
 def _horizontal(operation: str, t: str, n: int) -> str:
-    """The sum, product, maximum or minimum of the lanes, as a tree."""
+    """The sum, product, maximum or minimum of the lanes, in whatever order is fastest."""
     element = LLVM_TYPES[t]
-    ir = Ir(f"{element} @h{operation}_{t}_v{n}(<{n} x {element}> %x)", n)
     floating = element in ("float", "double")
-    value, width = "%x", n
-    while width > 1:
-        width //= 2
-        low = ", ".join(f"i32 {k}" for k in range(width))
-        high = ", ".join(f"i32 {k + width}" for k in range(width))
-        vector, half = f"<{2 * width} x {element}>", f"<{width} x {element}>"
-        a = ir.op(f"shufflevector {vector} {value}, {vector} poison, <{width} x i32> <{low}>")
-        b = ir.op(f"shufflevector {vector} {value}, {vector} poison, <{width} x i32> <{high}>")
-        if operation in ("sum", "prod"):
-            verb = {"sum": "add", "prod": "mul"}[operation]
-            value = ir.op(f"{'f' if floating else ''}{verb} {half} {a}, {b}")
-        else:
-            compare = {"max": "gt", "min": "lt"}[operation]
-            test = f"fcmp o{compare}" if floating else f"icmp {'u' if t == 'uint8' else 's'}{compare}"
-            value = ir.op(f"select <{width} x i1> {ir.op(f'{test} {half} {a}, {b}')}, {half} {a}, {half} {b}")
-    return ir.finish(element, ir.op(f"extractelement <1 x {element}> {value}, i32 0"))
+    vector = f"<{n} x {element}>"
+    ir = Ir(f"{element} @h{operation}_{t}_v{n}({vector} %x)", n)
+    verb = {"sum": "add", "prod": "mul", "max": "max", "min": "min"}[operation]
+    if floating and operation in ("sum", "prod"):
+        function = f"llvm.vector.reduce.f{verb}.v{n}{_mangled(element)}"
+        ir.declared[f"declare {element} @{function}({element}, {vector})"] = None
+        start = {"sum": "-0.0", "prod": "1.0"}[operation]
+        return ir.finish(element, ir.op(f"call reassoc {element} @{function}({element} {start}, {vector} %x)"))
+    sign = "f" if floating else "" if operation in ("sum", "prod") else "u" if t == "uint8" else "s"
+    return ir.finish(element, ir.call(element, f"llvm.vector.reduce.{sign}{verb}.v{n}{_mangled(element)}", (vector, "%x")))
 
 
 def _dot_bf16(n: int) -> str:
