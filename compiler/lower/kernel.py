@@ -167,21 +167,26 @@ class _KernelLowering:
         ranks += tuple(RankDecl(r, size) for r, size in known.items() if r not in declared)
         grid = tuple(GridRank(r, self.tiles[r]) for r in self.roles.grid)
         scalars = tuple(s for s in self.cascade.scalars if _reads_scalar(body, s.name))
-        return TileProgram(self.kernel.name, self._inputs(body), stored, scalars, ranks, grid, self.roles.resident, body)
+        return TileProgram(self.kernel.name, self._inputs(known), stored, scalars, ranks, grid, self.roles.resident, body)
 
     def _stored_type(self, name: str) -> DType:
         return self.values.types[name]
 
-    def _inputs(self, body: tuple[Node, ...]) -> tuple[Tensor, ...]:
-        """The tensors that the kernel reads, inputs of the cascade first; also those that only give a run-time extent."""
-        inputs: list[Tensor] = []
-        for tensor in self.cascade.inputs:
-            if tensor.name in self.kernel.inputs:
-                inputs.append(tensor)
-        for name in self.kernel.inputs:
+    def _inputs(self, known: Mapping[str, Const]) -> tuple[Tensor, ...]:
+        """The tensors that the kernel reads, inputs of the cascade first, and such as are needed only for the extent of a rank."""
+        table = self.cascade.tensor_ranks()
+        names = [*self.kernel.inputs]
+        wanted = {r for name in self.kernel.outputs for r in table[name]} | set(self.roles.grid)
+        wanted |= {self.kernel.stream} if self.kernel.stream else set()
+        given = {r for name in names for r in table[name]} | set(known) | {d.name for d in self.cascade.ranks}
+        for rank in sorted(wanted - given):
+            carrier = next((t.name for t in self.cascade.inputs if rank in t.ranks), None)
+            if carrier is not None and carrier not in names:
+                names.append(carrier)
+        inputs = [t for t in self.cascade.inputs if t.name in names]
+        for name in names:
             if self.cascade.input(name) is None:
-                ranks = self.cascade.tensor_ranks()[name]
-                inputs.append(Tensor(name, tuple((r,) for r in ranks), self.values.types[name]))
+                inputs.append(Tensor(name, tuple((r,) for r in table[name]), self.values.types[name]))
         return tuple(inputs)
 
 

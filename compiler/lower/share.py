@@ -74,8 +74,9 @@ def _extract(
 ) -> tuple[Node, ...]:
     """`e` computed once: by the map that already is it, moved up to the first use, or by a new one."""
     made = next((n for n in nodes if isinstance(n, Map) and n.expr == e), None) or Map(name(e), ranks_of(e), e)
+    place = next((i for i, n in enumerate(nodes) if n is made), len(nodes))
     rest = [n for n in nodes if n is not made]
-    first = next(i for i, n in enumerate(rest) if any(e in walk(x) for x in node_expressions(n)))
+    first = min(place, next(i for i, n in enumerate(rest) if any(e in walk(x) for x in node_expressions(n))))
     table: dict[Expr, Expr] = {e: Tile(made.dst)}
     changed = [map_node(n, lambda x: substitute(x, table)) for n in rest]
     return (*changed[:first], made, *changed[first:])

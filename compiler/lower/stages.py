@@ -186,9 +186,11 @@ class StageLowering:
             return Tile(state.name)
         total: Expr | None = None
         for name, coefficient in state.correction.terms:
-            term = self._before(self.states[name])
+            before = term = self._before(self.states[name])
             if coefficient is not None:
-                term = Op("mul", (term, self._coefficient(coefficient, state.name)))
+                term = Op("mul", (before, self._coefficient(coefficient, state.name)))
+            if coefficient is not None and state.op != "sum":  # an identity of -inf times 0 is no number
+                term = Op("where", (Op("eq", (before, state.identity)), before, term))
             total = term if total is None else Op("add", (total, term))
         return total if total is not None else Tile(state.name)
 

@@ -48,18 +48,14 @@ class _Partitioner:
         self.order = {name: i for i, s in enumerate(cascade.body) for name, _ in defined(s)}
 
     def kernels(self) -> tuple[KernelPlan, ...]:
-        plans: list[KernelPlan] = []
-        stored: set[str] = set()
-        pending = [o.name for o in self.cascade.outputs]
-        while pending:
-            groups = self._group([name for name in dict.fromkeys(pending) if name not in stored])
-            stored.update(pending)
-            pending = []
-            for group in groups:
-                plan, missing = self._grow(group, len(plans))
-                plans.append(plan)
-                pending.extend(name for name in missing if name not in stored)
-        return self._sorted(plans)
+        """Kernels are grown anew whenever one turns out to need a result stored, so that results with equal streams share a kernel."""
+        roots = [o.name for o in self.cascade.outputs]
+        while True:
+            grown = [self._grow(group, i) for i, group in enumerate(self._group(list(dict.fromkeys(roots))))]
+            missing = [name for _, needs in grown for name in needs if name not in roots]
+            if not missing:
+                return self._sorted([plan for plan, _ in grown])
+            roots.extend(missing)
 
     def _group(self, roots: list[str]) -> list[_Group]:
         groups: list[_Group] = []
