@@ -112,6 +112,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return f"one of {', '.join(names)}" if names else None
 
 
+def operation_hint(name: str) -> str | None:
+    """What to write instead of an operation that is none, or that has other operands."""
+    return f"{name} takes {OPS[name].arity}" if name in OPS else nearest(name, OPS)
+
+
 def space(s: Einsum | Scan | Populate | Scatter, steps: frozenset[str]) -> tuple[str, ...]:
     """The iteration space of a statement: the ranks that its expression, condition and coordinates index."""
     parts = [s.expr, *([s.where] if s.where is not None else []), *((x for _, x in s.at) if isinstance(s, Scatter) else ())]
@@ -247,7 +252,7 @@ def check_reads(c: Cascade) -> Iterator[Fault]:
                         ranks = ",".join(tensors[name])
                         yield Fault(f"{name}[{ranks}] is read with {len(coords)} coordinates", site.statement, f"{name}[{ranks}]")
                     case Op(name=name, args=args) if name not in OPS or len(args) != OPS[name].arity:
-                        yield Fault(f"no operation {name!r} of {len(args)} operands", site.statement, nearest(name, OPS))
+                        yield Fault(f"no operation {name!r} of {len(args)} operands", site.statement, operation_hint(name))
                     case _:
                         pass
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .check_statements import RESERVED, nearest, node_types
+from .check_statements import RESERVED, nearest, node_types, operation_hint
 from .errors import CascadeError
 from .expr import OPS, REDUCTIONS, Count, Expr, Masked, Op, Read, Scalar, Seen, Start, Tile, walk
 from .infer import expression_ranks, expression_type
@@ -227,7 +227,7 @@ def check_tile_expressions(p: TileProgram) -> Iterator[TileFault]:
         for e in walk(use.expr):
             match e:
                 case Op(name=name, args=args) if name not in OPS or len(args) != OPS[name].arity:
-                    yield TileFault(f"no operation {name!r} of {len(args)} operands", use.node, nearest(name, OPS))
+                    yield TileFault(f"no operation {name!r} of {len(args)} operands", use.node, operation_hint(name))
                 case Masked() if not use.loops:
                     yield TileFault("masked outside of a loop", use.node, "it refers to the domain of the loop around it")
                 case Count(rank=rank) | Seen(rank=rank) if rank not in streamed:

@@ -116,6 +116,8 @@ def declared_types(cascade: Cascade) -> dict[str, DType]:
                 case Scatter():
                     types[s.out] = reduced("sum", of(s.expr, s, s.out))
                 case Concat():
+                    for _, part in s.parts:
+                        of(part, s, s.out)
                     t, weak = expression_type(s.parts[0][1], types)
                     for _, part in s.parts[1:]:
                         t, weak = combine((t, weak), expression_type(part, types))
