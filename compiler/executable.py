@@ -252,7 +252,7 @@ class Executable:
         if self._plan is None:
             from .passes import make_plan
 
-            self._plan = make_plan(self.cascade, self.sizes)
+            self._plan = make_plan(self.cascade, self.sizes, repeat=self.schedule.repeated)
         return self._plan
 
     @property

@@ -10,7 +10,7 @@ from ..ir.types import DType
 def to_float(value: Any) -> float:
     """`value` as a float: numbers, NumPy scalars and tensors of one element. Raises `TypeError`, `ValueError` or `RuntimeError`."""
     if value.__class__ is float:
-        return value  # type: ignore[no-any-return]
+        return value
     if isinstance(value, (str, bytes)):
         raise TypeError("text is no number")
     return float(value)

@@ -15,7 +15,6 @@ from ..ir.reference import evaluate
 from .inputs import make_inputs
 from .measure import Protocol, Subject, argument_sets, interleave
 
-
 Run = Callable[[Sequence[torch.Tensor]], object]
 
 
