@@ -64,7 +64,8 @@ class Space:
                     dots[axis.key] = replace(dots.get(axis.key, DotSchedule()), update_at_load=True)
                 case "stream" if choice != "online":
                     stream[axis.key] = choice
-        return Schedule.make(tile=tile, dot=dots, grid_order=order, stream=stream, layout=dict(self.base.layout), group=dict(self.base.group))
+        layout, group = dict(self.base.layout), dict(self.base.group)
+        return Schedule.make(tile=tile, dot=dots, grid_order=order, stream=stream, layout=layout, group=group)
 
     def choices_of(self, point: Schedule) -> tuple[Any, ...]:
         """The inverse of `point`. A value that is no choice of its axis is returned as it is."""
@@ -128,6 +129,7 @@ def _tile_axes(base: Schedule, kernel: KernelPlan, roles: Roles, sizes: Mapping[
     defaults = default_tiles(roles, sizes)
     entries = dict(base.tile)
     for rank, default in defaults.items():
+        options: tuple[int, ...]
         if rank == roles.stream:
             options = STREAM_TILES if roles.contracts or roles.lanes else FLAT_STREAMS
         elif rank in roles.lanes:
@@ -147,6 +149,5 @@ def _dot_axes(kernel: KernelPlan, sizes: Mapping[str, int]) -> Iterator[Axis]:
     """For each contraction the lane is left to the layout; a register choice is (broadcast elements, vectors)."""
     for stage in kernel.stages:
         for state in stage.states:
-            if state.op == "sum" and is_contraction(state.summand, state.ranks, state.over):
-                if state.correction.terms:
-                    yield Axis("update", f"{state.name}_new", (False, True))
+            if state.op == "sum" and state.correction.terms and is_contraction(state.summand, state.ranks, state.over):
+                yield Axis("update", f"{state.name}_new", (False, True))

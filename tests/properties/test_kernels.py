@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import math
 
+import einfall as ef
 import pytest
 import torch
 from cascades import CASES, Case, make_inputs, traced
+from einfall.compiler.driver import compile_cascade
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import einfall as ef
-from einfall.compiler.driver import compile_cascade
 
 BY_NAME = {case.name: case for case in CASES}
 RESIDENT = ("e", "f")  # held whole in a tile by these plans: an executable has them fixed
@@ -26,7 +25,7 @@ TILES = {"m": 16, "p": 32, "t": 16, "v": 32, "n": 32}
 @functools.cache
 def executable(name: str, dtype: ef.DType, resident: int):
     case = BY_NAME[name]
-    sizes = extents_with(case, resident, {r: 64 for r in case.sizes})
+    sizes = extents_with(case, resident, dict.fromkeys(case.sizes, 64))
     tiles = {r: n for r, n in TILES.items() if r in case.sizes and r not in held(case)}
     return compile_cascade(traced(case, dtype), sizes=sizes, target="cpu", schedule=ef.Schedule.from_dict({"tile": tiles}))
 

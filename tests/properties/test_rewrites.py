@@ -5,10 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
-from hypothesis import strategies as st
-from strategies import cascades
-
 from einfall.compiler.lower import lower
 from einfall.compiler.passes import PIPELINE, make_plan
 from einfall.compiler.passes.write_streams import write_streams
@@ -17,6 +13,9 @@ from einfall.ir.check import check_cascade, check_program
 from einfall.ir.reference import evaluate
 from einfall.ir.tile_reference import run_program
 from einfall.schedules.schedule import Schedule
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from strategies import cascades
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
