@@ -17,8 +17,7 @@ from strategies import cascades as random_cascades
 HEADER = "cascade f(X[b,p]: f32, Y[p,e]: bf16, I[b]: i32, K[b,p]: bool, t: f32) -> O[b]\n"
 OK = "  O[b] = sum(p) X[b,p]\n"
 
-ILBLOCK = "  iterate p\n    S[b] = 0.0 then S[b] + X[b,p]\n    n[] = 0 then n[] + 1\n    until n[] > 3\n"
-LEGAL = {
+ILLEGAL = {
     "check_names": {
         "defined_twice": HEADER + OK + OK,
         "called_like_an_input": HEADER + "  X[b] = sum(p) X[b,p]\n" + OK,
