@@ -48,16 +48,6 @@ def register_tile(kernel: Kernel, dot: Dot) -> RegisterTile:
     return RegisterTile(rows, lane, vectors, lanes, horizontal, "float64" if dot.dtype == f64 else "float32")
 
 
-def is_paired(kernel: Kernel, dot: Dot) -> str | None:
-    """The contracted rank along which both operands are pairs of bf16, or None."""
-    ranks = []
-    for e in (dot.a, dot.b):
-        if isinstance(e, Tile):
-            ranks.append(kernel.buffers[e.name].paired)
-    paired = next((r for r in ranks if r is not None), None)
-    return paired if paired in dot.over else None
-
-
 def emit_dot(kernel: Kernel, dot: Dot, loops: tuple[Active, ...], out: list[Statement]) -> None:
     """The loops of a contraction, appended to `out`."""
     kernel.evaluator.statement = dot.dst
@@ -132,7 +122,7 @@ def _first(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, at_load: boo
 
 def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str) -> None:
     """The loops over the contracted ranks around the multiply-adds."""
-    paired = is_paired(kernel, dot)
+    paired = kernel.pairs.get(dot.dst)
     loops = nest.point.loops
     inner = Nest(nest.body, nest.point)
     for rank in dot.over:
@@ -187,13 +177,11 @@ def _pair(kernel: Kernel, e: Expr, paired: str, at: Point, out: list[Statement])
     """Two neighbouring elements along the contracted rank as one i32."""
     if isinstance(e, Tile):
         buffer = kernel.buffers[e.name]
-        pair = {**at.local, paired: ts.quotient(at.local[paired], ts.integer(2))}
-        return buffer.at(pair, at.lane, at.lanes) if at.lane in buffer.ranks else buffer.at(pair)
+        return buffer.at(at.local, at.lane, at.lanes) if at.lane in buffer.ranks else buffer.at(at.local)
     assert isinstance(e, Read)
-    scalar = kernel.evaluator.value(e, replace(at, lane=None, lanes=1, exact=at.exact | {paired}), out)
-    address = scalar.text[scalar.text.index(", ") + 2 : -1] if scalar.text.startswith("T.Cast(") else scalar.text
+    element = kernel.evaluator.element(e, replace(at, lane=None, lanes=1, exact=at.exact | {paired}), out)
     kernel.evaluator.helpers.add("load_pair")
-    return ts.extern("load_pair", Value(f"T.address_of({address})", "handle"), dtype="int32")
+    return ts.extern("load_pair", Value(f"T.address_of({element.text})", "handle"), dtype="int32")
 
 
 def _write_back(kernel: Kernel, dot: Dot, at: Point, total: Value, update: Expr | None, out: list[Statement]) -> None:

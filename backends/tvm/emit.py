@@ -40,10 +40,11 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     schedule = complete(program, schedule, target)
     names = Names()
     memory = Memory(program, names, strided)
-    steps, layouts = pack_operands(program_steps(program), program, schedule, cpu, strided)
+    packed = pack_operands(program_steps(program), program, schedule, cpu, strided)
+    steps = packed.steps
     table = tile_table(steps)
     padded = padded_sizes(program, schedule, cpu.lanes)
-    buffers, kept, aliases = _buffers(steps, table, layouts, padded, names)
+    buffers, kept, aliases = _buffers(steps, table, packed.layouts, padded, names)
     places = _places(program, padded, names)
     starts = {axis.rank: Value(names.fresh("i", axis.rank), "int64") for axis in program.grid}
     ranks = {name: entry[0] for name, entry in table.items()}
@@ -51,7 +52,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     places = {**places, **{axis.rank: RankPlace(Value(names.fresh("s", axis.rank), "int64"), axis.tile, padded[axis.rank], _fits(program, axis.rank, axis.tile)) for axis in program.grid if axis.tile > 1}}
     evaluator = Evaluator(cpu, names, memory, buffers, types, ranks, places, starts)
     kernel = Kernel(
-        program, cpu, names, memory, evaluator, buffers, ranks, places, dict(schedule.dot), dict(schedule.group), _readers(kept, aliases)
+        program, cpu, names, memory, evaluator, buffers, ranks, places, dict(schedule.dot), dict(schedule.group), packed.pairs, _readers(kept, aliases)
     )
     task: list[Statement] = []
     used = dict.fromkeys(b.name for b in buffers.values())
@@ -190,14 +191,15 @@ def _runs(kernel: Kernel, stream: Stream, loops: tuple[Active, ...], out: list[S
         return _named(kernel, v, f"{wanted}_{loop.rank}", out)
 
     low = named(ts.larger(bound(loop.bounds.begin), zero), "begin")
-    high = named(least(bound(loop.bounds.end)), "end")
+    full = bound(loop.bounds.end).text == extent.text
+    high = extent if full else named(least(bound(loop.bounds.end)), "end")
     first = named(ts.quotient(low, tile), "first")
     last = ts.ceil_div(positive(high), loop.tile)
-    last = named(last if first.number == 0 and high.text == extent.text else ts.larger(last, first), "last")
+    last = named(last if first.number == 0 else ts.larger(last, first), "last")
     whole = ts.larger(bound(loop.bounds.whole_begin), zero)
     inside = first if whole.number == 0 else named(ts.smaller(ts.larger(ts.ceil_div(whole, loop.tile), first), last), "inside")
     outer = ts.quotient(positive(least(bound(loop.bounds.whole_end))), tile)
-    if not (inside.number == 0 and bound(loop.bounds.whole_end).text == high.text == extent.text):
+    if not (inside.number == 0 and full):
         outer = ts.smaller(ts.larger(outer, inside), last)
     outer = named(outer, "outside")
     if not _maskable(stream) and high.number is not None and high.number % loop.tile == 0 and low.number == 0:

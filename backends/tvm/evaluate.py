@@ -271,8 +271,7 @@ class Evaluator:
     def _half(self, buffer: TileBuffer, at: Point, vector: bool, out: list[Statement]) -> Value:
         """One element of a pair as f32."""
         local = at.local[str(buffer.paired)]
-        pair = {**at.local, str(buffer.paired): ts.quotient(local, ts.integer(2))}
-        both = buffer.at(pair, at.lane, at.lanes) if vector else buffer.at(pair)
+        both = buffer.at(at.local, at.lane, at.lanes) if vector else buffer.at(at.local)
         odd = ts.remainder(local, ts.integer(2))
         low = Value(f"T.shift_left({both.text}, {ts.broadcast(ts.integer(16), both.lanes).text})", "int32", both.lanes)
         mask = ts.broadcast(Value("T.int32(-65536)", "int32"), both.lanes)
@@ -372,6 +371,12 @@ class Evaluator:
         if inside is None or e.fill is None:
             return v
         return self.select(inside, v, self.cast(self.value(e.fill, at, out), compute))
+
+    def element(self, e: Read, at: Point, out: list[Statement]) -> Value:
+        """The memory of one element."""
+        array = self.memory.arrays[e.tensor]
+        coords, _ = self._coordinates(e, array, at, out)
+        return array.element(tuple(array.axis_index(i, coords, self.memory.extents) for i in range(len(array.axes))))
 
     def is_vector(self, e: Read, array: Array, at: Point) -> bool:
         """Whether the lanes read adjacent elements: only the last coordinate moves with the lane, by one."""

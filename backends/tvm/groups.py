@@ -216,10 +216,9 @@ def _write_pair(kernel: Kernel, row: Map, variants: list[Point], values: list[Va
             v = kernel.evaluator.select(inside, v, ts.constant(0, "float32"))
         packed.append(v)
     at = variants[0]
-    pair = {**at.local, rank: ts.quotient(at.local[rank], ts.integer(2))}
     kernel.evaluator.helpers.add(f"pack_bf16_v{at.lanes}")
     both = ts.extern(f"pack_bf16_v{at.lanes}", *packed, dtype="int32", lanes=at.lanes)
-    out.append(Set(buffer.at(pair, at.lane, at.lanes), both))
+    out.append(Set(buffer.at(at.local, at.lane, at.lanes), both))
 
 
 def _identity(row: Reduce, dtype: str) -> Value:

@@ -24,6 +24,7 @@ class Kernel:
     """The kernel being emitted.
 
     Args:
+        pairs: of dots that multiply pairs of bf16, the rank of the pairs.
         readers: of every tile, the steps (by identity) that read it; the reading of an aliased state counts for the tile in its place.
     """
 
@@ -37,6 +38,7 @@ class Kernel:
     places: Mapping[str, RankPlace]
     dots: Mapping[str, DotSchedule]
     groups: Mapping[str, GroupSchedule]
+    pairs: Mapping[str, str]
     readers: Mapping[str, frozenset[int]]
 
     def size(self, rank: str, loops: tuple[Active, ...]) -> int:
