@@ -77,6 +77,25 @@ def test_catastrophic_cancellation_is_caught():
     assert (rejected.status, "offset" in rejected.reason) == ("wrong", True)
 
 
+def test_another_order_of_summation_passes_where_the_sum_is_large():
+    """One running sum loses more than eager's several, and an exponential behind it shows that: not a fault of the kernel."""
+    text = """\
+cascade scores(X[m,e]: f32, W[e]: f32, scale: f32) -> Y[m]
+  S[m] = sum(e) X[m,e] * W[e]
+  M[] = max(m) S[m]
+  Y[m] = exp((S[m] - M[]) * scale)
+"""
+
+    def in_order(x, w):
+        s = (x * w).cumsum(1)[:, -1]
+        return torch.exp((s - s.max()) * 0.05)
+
+    asked = Oracle(parse_cascade(text), {"m": 64, "e": 500}, {"scale": 0.05}, seed=0)
+    assert verify(Python(in_order), asked).tolerance < 0.01
+    with pytest.raises(Rejected):
+        verify(Python(lambda x, w: in_order(x[:, 1:], w[1:])), asked)
+
+
 def test_an_error_only_at_odd_extents_is_caught():
     """A kernel that forgets the tail of a tile of 4 is right at the asked extents."""
     rejected = rejection(VARIANCE, lambda x: x[:, : max(x.shape[1] // 4 * 4, 1)].var(1, correction=0), m=40, p=300)
