@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...ir.expr import Const, Expr, Extent, Masked, Op, Read, Seen, Start, Tile, rewrite, walk
-from ...ir.infer import expression_ranks
 from ...ir.plan import Origin, Stage, State
 from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce
 from ...ir.types import DType, f32, i32
@@ -202,17 +201,21 @@ class StageLowering:
         if self._dtype(state) == f32:
             found = find_contraction(summand, ranks, over, v.tiles, v.size)
         if found is None:
-            part = self._reduce(state, f"{state.name}_tile", mask_sum(summand, where), self._dtype(state))
+            part = self._reduce(state, f"{state.name}_tile", mask_sum(summand, where, self._finite()), self._dtype(state))
             self._map(new, ranks, Op("add", (previous, part)), self._dtype(state), state.name)
             return
         left, right = found.left, found.right
         if _has_exponential(right) or (not _has_exponential(left) and self._elements(right) < self._elements(left)):
             left, right = right, left
-        left = mask_sum(left, where)
+        left = mask_sum(left, where, self._finite())
         a = v.operand(left, f"{state.name}_lhs", v.body or v.outer)
         b = v.operand(right, f"{state.name}_rhs", v.body or v.outer)
         v.declare(new, ranks)
         self._emit(Dot(new, ranks, over, a, b, previous, None, contraction_type(state.summand, v.input_types()), note=state.name))
+
+    def _finite(self) -> frozenset[Expr]:
+        """The tiles that are finite in every row: the origins."""
+        return frozenset(self.progress.origins[o.name] for o in self.stage.origins if o.name in self.progress.origins)
 
     def _elements(self, e: Expr) -> int:
         return math.prod(self.values.size(r) for r in self.values.ranks_of(e))
@@ -275,8 +278,11 @@ def guard(e: Expr, where: Expr | None, identity: Const) -> Expr:
     return Masked(e if where is None else Op("where", (where, e, identity)), identity)
 
 
-def mask_sum(e: Expr, where: Expr | None) -> Expr:
-    """A summand that is 0 outside the domain: through the argument of its exponential if it has exactly one, else as a whole."""
+def mask_sum(e: Expr, where: Expr | None, finite: frozenset[Expr]) -> Expr:
+    """A summand that is 0 outside the domain: through the argument of its exponential if it has exactly one, else as a whole.
+
+    What is subtracted stays outside the mask only if it is one of the `finite` tiles: the maximum of a row without elements is -inf.
+    """
     parts = factors(e)
     exponentials = [p for p in parts if isinstance(p, Op) and p.name in ("exp", "exp2")]
     safe = len(exponentials) == 1 and not any(isinstance(n, Op) and n.name in ("div", "log") for p in parts for n in walk(p))
@@ -286,7 +292,7 @@ def mask_sum(e: Expr, where: Expr | None) -> Expr:
     assert isinstance(exponential, Op)
     argument = exponential.args[0]
     match argument:
-        case Op(name="sub", args=(x, d)) if not expression_ranks(d):
+        case Op(name="sub", args=(x, d)) if d in finite:
             inner: Expr = Op("sub", (guard(x, where, Const(float("-inf"))), d))
         case _:
             inner = guard(argument, where, Const(float("-inf")))

@@ -66,11 +66,13 @@ def test_text_of_the_program(name, golden):
     golden(name, "\n".join(str(p) for p in programs))
 
 
-def test_masked_rows_are_nan_only_where_eager_is():
+@pytest.mark.parametrize("stream", [{}, {"p": "repeat"}], ids=["streamed", "repeated"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_masked_rows_are_nan_only_where_eager_is(stream, together):
     case = next(c for c in CASES if c.name == "ragged")
     tensors = make_inputs(case, case.sizes, seed=9)
     tensors["L"][0] = 0
-    found = run(case, case.sizes, tensors)["O"]
+    found = run(case, case.sizes, tensors, Schedule.make(stream=stream, tile={"b": together}))["O"]
     expected = evaluate(traced(case), tensors, case.scalars, dtype=torch.float64)["O"].numpy()
     assert not np.isnan(found[~np.isnan(expected)]).any()
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-10)
