@@ -47,7 +47,7 @@ lint: $(VENV)/.installed-test,models
 	$(BIN)/lint-imports --config pyproject.toml
 
 demo: $(VENV)/.installed-models,plots
-	$(BIN)/python -m cookbook.minilm
+	$(BIN)/python cookbook/minilm/demo.py
 
 bench: $(VENV)/.installed-plots
 	$(BIN)/python benchmarks/cpu.py
