@@ -25,6 +25,9 @@ IMPORTED = ("exp", "exp2", "log", "log2", "tanh", "sigmoid")
 LIBRARY = ("erf", "log1p", "sin", "cos")
 ROUNDING = {"floor": "floor", "ceil": "ceil", "round": "nearbyint", "trunc": "trunc"}
 BITS = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "shl": "shift_left", "shr": "shift_right"}
+INDEX_OPERATIONS = {
+    "add": ts.add, "sub": ts.sub, "mul": ts.mul, "floordiv": ts.floor_div, "mod": ts.floor_mod, "minimum": ts.smaller, "maximum": ts.larger,
+}  # fmt: skip
 RANK_OF_KIND = {"bool": 0, "uint8": 1, "int8": 1, "int16": 2, "int32": 3, "int64": 4, "float32": 5, "float64": 6}
 
 
@@ -440,12 +443,11 @@ class Evaluator:
                 return self.memory.extent(rank)
             case Start(rank=rank):
                 return self._start(rank, at)
-            case Op(name="add" | "sub" | "mul" | "floordiv" | "mod" as name, args=(a, b)):
-                x, y = self.coordinate(a, at, out), self.coordinate(b, at, out)
-                return {"add": ts.add, "sub": ts.sub, "mul": ts.mul, "floordiv": ts.floor_div, "mod": ts.floor_mod}[name](x, y)
+            case Op(name=name, args=(a, b)) if name in INDEX_OPERATIONS:
+                return INDEX_OPERATIONS[name](self.coordinate(a, at, out), self.coordinate(b, at, out))
             case _:
                 v = self.value(e, at, out)
-                return self.cast(v, "int32") if v.dtype not in ("int32", "int64") else v
+                return Value(f'T.Cast("int64", {v.text})', "int64", v.lanes) if v.dtype != "int64" else v
 
     def _vector_read(self, e: Read, array: Array, at: Point, out: list[Statement]) -> Value:
         lane = str(at.lane)

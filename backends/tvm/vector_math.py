@@ -81,6 +81,7 @@ class Ir:
 
 # 2**f on [0, 1): Chebyshev fit of the relative error, degree 5, constant term last
 EXP2 = (0.0018762329455207936, 0.008992584030501403, 0.05582360446300757, 0.2401545298864825, 0.6931529681766547, 0.9999999269249821)
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
 LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
     -2.4999993993e-1, 3.3333331174e-1,
@@ -111,15 +112,25 @@ def _exp(cpu: Cpu, n: int) -> str:
     """exp(x) with the reduction in two parts, so that a large |x| costs no accuracy (Cody and Waite)."""
     ir = Ir(f"<{n} x float> @exp_v{n}(<{n} x float> %x)", n)
     f = ir.f
-    high = ir.call(f, f"llvm.minnum.v{n}f32", (f, "%x"), (f, ir.real(90.0)))
-    bounded = ir.call(f, f"llvm.maxnum.v{n}f32", (f, high), (f, ir.real(-105.0)))
+    wide = cpu.avx512 and n == 16
+    low, high = ir.real(-105.0), ir.real(90.0)
+    if wide:  # the second operand is the result where either is NaN
+        bounded = "%x"
+        for operation, bound in (("max", low), ("min", high)):
+            bounded = ir.call(f, f"llvm.x86.avx512.{operation}.ps.512", (f, bound), (f, bounded), ("i32", "4"))
+    else:
+        bounded = ir.call(f, f"llvm.maxnum.v{n}f32", (f, ir.call(f, f"llvm.minnum.v{n}f32", (f, "%x"), (f, high))), (f, low))
     whole = ir.unary("rint", ir.op(f"fmul {f} {bounded}, {ir.real(math.log2(math.e))}"))
     rest = ir.fma(whole, ir.real(-0.693359375), bounded)
     rest = ir.fma(whole, ir.real(2.12194440e-4), rest)
-    coefficients = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
-    scaled = ir.scale(ir.horner(rest, coefficients), whole)
-    nan = ir.op(f"fcmp uno {f} %x, %x")
-    return ir.finish(f, ir.select(nan, "%x", scaled))
+    poly = ir.horner(rest, EXP)
+    if wide:
+        scaled = ir.call(
+            f, "llvm.x86.avx512.mask.scalef.ps.512", (f, poly), (f, whole), (f, "zeroinitializer"), ("i16", "-1"), ("i32", "4")
+        )
+        return ir.finish(f, scaled)
+    scaled = ir.scale(poly, whole)
+    return ir.finish(f, ir.select(ir.op(f"fcmp uno {f} %x, %x"), "%x", scaled))
 
 
 def _log(cpu: Cpu, n: int, base2: bool) -> str:
