@@ -220,7 +220,14 @@ def _stop(
 
 def _reduces(node: Node, block: Block) -> bool:
     """Whether `node` is computed from the states of `block` by more than maps."""
-    maps = isinstance(node.what, (Apply, Convert, View, State, Step))
-    return block in node.blocks and (not maps or any(_reduces(arg, block) for arg in operands(node.what)))
-
-
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        found = stack.pop()
+        if block not in found.blocks or found in seen:
+            continue
+        if not isinstance(found.what, (Apply, Convert, View, State, Step)):
+            return True
+        seen.add(found)
+        stack.extend(operands(found.what))
+    return False

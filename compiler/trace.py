@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..ir.cascade import Cascade, Output, RankDecl
+from ..ir.cascade import Cascade, Output, RankDecl, Statement, expressions
 from ..ir.check import check_cascade
-from ..ir.expr import Const, Extent, Index, Scalar
+from ..ir.expr import Const, Extent, Index, Scalar, walk
 from ..ir.types import DType
 from .functions import (
     abs,
@@ -175,7 +175,8 @@ def _write(graph: Graph, values: tuple[Value, ...], axes: tuple[Axes, ...], reco
     writer = Writer(graph, selection, names, states, ranks)
     outputs = tuple(Output(names[root], axis.axes) for root, axis in zip(roots, axes, strict=True))
     body = writer.body(None)
-    return Cascade(graph.name, tuple(graph.inputs.values()), tuple(graph.scalars.values()), _declared(graph), body, outputs)
+    declared = _declared(graph, body, outputs)
+    return Cascade(graph.name, tuple(graph.inputs.values()), tuple(graph.scalars.values()), declared, body, outputs)
 
 
 def _root(graph: Graph, value: Value, named: dict[Node, tuple[int, str, bool]]) -> Node:
@@ -201,9 +202,23 @@ def _own(
     return root
 
 
-def _declared(graph: Graph) -> tuple[RankDecl, ...]:
-    """The sizes that were declared, of inputs' ranks first, in order; only those of ranks that mean something to the cascade."""
-    return tuple(graph.sizes.values())
+def _declared(graph: Graph, body: tuple[Statement, ...], outputs: tuple[Output, ...]) -> tuple[RankDecl, ...]:
+    """The sizes that mean something to the cascade, in the order they were declared: a split that nothing reads leaves none."""
+    inputs = graph.input_ranks()
+    bare = Cascade(graph.name, tuple(graph.inputs.values()), (), (), body, outputs)
+    used = {*bare.all_ranks(), *(rank for output in outputs for rank in output.ranks)}
+    used |= {node.rank for s in body for e in expressions(s) for node in walk(e) if isinstance(node, (Index, Extent))}
+    needed: set[str] = set()
+    before = -1
+    while len(needed) > before:
+        before = len(needed)
+        for d in graph.sizes.values():
+            parts = {node.rank for node in walk(d.size) if isinstance(node, Extent)}
+            defines = d.name in used and (not parts or d.name not in inputs or parts & used)
+            if defines or (parts & used) - inputs.keys():
+                needed.add(d.name)
+                used |= {d.name, *parts}
+    return tuple(d for d in graph.sizes.values() if d.name in needed)
 
 
 def _check_known(graph: Graph, selection: Selection) -> None:

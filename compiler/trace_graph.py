@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ from ..ir.cascade import RankDecl, ScalarDecl, Tensor
 from ..ir.errors import CascadeError, Location
 from ..ir.expr import OPS, Const, Expr, Extent, Index, Op, Read, Scalar, walk
 from ..ir.infer import combine, expression_type
+from ..ir.text import print_size
 from ..ir.types import DTYPES, DType, boolean, f32, i32, i64, reduced
 
 _PACKAGE = str(Path(__file__).resolve().parent)
@@ -157,13 +159,28 @@ What: TypeAlias = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """A traced value: `what` computes it, `ranks` in order of first appearance, the blocks inside which it lives."""
+    """A traced value. What follows from its operands is kept, so that nothing walks over a graph again and again.
+
+    Args:
+        what: what computes it.
+        ranks: in order of first appearance.
+        dtype: its type, which is weak if `weak`.
+        blocks: the iterate blocks inside which it lives.
+        affine: whether it is made of indices, extents, scalars and constants alone.
+        gathers: whether it is a map that reads a tensor at another tensor's value.
+        typed_by: the inputs without a given type that it takes its type from.
+        order: counts the nodes made before it.
+        location: the user's line.
+    """
 
     what: What
     ranks: tuple[str, ...]
     dtype: DType
     weak: bool
     blocks: frozenset[Block]
+    affine: bool
+    gathers: bool
+    typed_by: frozenset[str]
     order: int
     location: Location | None
 
@@ -212,13 +229,19 @@ class Graph:
                     blocks -= {block}
                 case _:
                     pass
-            found = Node(what, _ranks(what), dtype, weak, blocks, len(self.nodes), user_location())
+            args = operands(what)
+            maps = isinstance(what, (Leaf, Step, Apply, Convert, View))
+            affine = maps and all(a.affine for a in args)
+            gathers = maps and (any(a.gathers for a in args) or _is_gather(what))
+            found = Node(
+                what, _ranks(what), dtype, weak, blocks, affine, gathers, _typed_by(what, self), len(self.nodes), user_location()
+            )  # fmt: skip
             self.nodes[what] = found
         return found
 
     def settle(self, nodes: Iterable[Node], dtype: DType) -> None:
         """Raise `Untyped` if `nodes` are computed from inputs whose type is open, so that these can be of type `dtype`."""
-        names = sorted({name for node in nodes for name in _open_sources(node, self.open_types)})
+        names = sorted({name for node in nodes for name in node.typed_by})
         if names:
             raise Untyped(dict.fromkeys(names, dtype))
 
@@ -226,12 +249,60 @@ class Graph:
         """Record a rank's size. Raises `CascadeError` if it has another one already."""
         known = self.sizes.setdefault(rank, RankDecl(rank, size))
         if known.size != size:
-            from ..ir.text import print_size
-
             raise self.error(
                 f"rank {rank!r} has size {print_size(known.size)} already, found {print_size(size)}",
                 hint="one rank has one size; use another name for the other rank",
             )
+
+    def equate(self, new: str, old: str) -> None:
+        """Record that two ranks have one extent."""
+        if new not in self.sizes:
+            self.declare(new, Extent(old))
+        elif old not in self.sizes and new != old:
+            self.declare(old, Extent(new))
+        elif self.sizes[new].size not in (Extent(old), self.sizes[old].size):
+            size = self.constant(Extent(new))
+            if size is None or size != self.constant(Extent(old)):
+                self.declare(new, Extent(old))  # which says how the two sizes clash
+
+    def compose(self, rank: str, parts: tuple[str, ...]) -> None:
+        """Record that `rank` is composed of `parts`, or that the part of unknown size follows where `rank` has a size already."""
+        product: Expr = Extent(parts[0])
+        for part in parts[1:]:
+            product = Op("mul", (product, Extent(part)))
+        known = self.sizes.get(rank)
+        if known is None or known.size == product:
+            self.declare(rank, product)
+            return
+        open_part = next((part for part in parts if not self.knows(part)), None)
+        others = [part for part in parts if part != open_part]
+        whole, factors = self.constant(Extent(rank)), [self.constant(Extent(part)) for part in others]
+        if whole is None or None in factors:
+            if open_part is None:
+                self.declare(rank, product)  # which says how the two sizes clash
+            rest: Expr = Extent(others[0])
+            for part in others[1:]:
+                rest = Op("mul", (rest, Extent(part)))
+            self.declare(str(open_part), Op("floordiv", (Extent(rank), rest)))
+            return
+        size = prod(factor for factor in factors if factor is not None)
+        if whole % size or (open_part is None and whole != size):
+            raise self.error(f"rank {rank!r} has size {whole}, which is not {' * '.join(parts)}", f"{' * '.join(others)} is {size}")
+        if open_part is not None:
+            self.declare(open_part, Const(whole // size))
+
+    def constant(self, size: Expr) -> int | None:
+        """The value of a size that is constant."""
+        match size:
+            case Const(value=value):
+                return int(value)
+            case Extent(rank=rank) if rank in self.sizes:
+                return self.constant(self.sizes[rank].size)
+            case Op(name="mul", args=(a, b)):
+                x, y = self.constant(a), self.constant(b)
+                return None if x is None or y is None else x * y
+            case _:
+                return None
 
     def input_ranks(self) -> dict[str, None]:
         """The ranks of the inputs, in order."""
@@ -364,17 +435,20 @@ def _type(what: What, graph: Graph) -> tuple[DType, bool]:
             return (of.dtype if index == 0 else i32), False
 
 
-def _open_sources(node: Node, names: frozenset[str]) -> set[str]:
-    """The inputs without a given type that a map takes its type from."""
-    match node.what:
+def _typed_by(what: What, graph: Graph) -> frozenset[str]:
+    match what:
         case Source(tensor=tensor):
-            return {tensor.name} & names
+            return graph.open_types & {tensor.name}
         case View(x=x):
-            return _open_sources(x, names)
+            return x.typed_by
         case Apply(op=op, args=args) if OPS[op].kind in ("arith", "bit"):
-            return {name for arg in args for name in _open_sources(arg, names)}
+            return frozenset(name for arg in args for name in arg.typed_by)
         case _:
-            return set()
+            return frozenset()
+
+
+def _is_gather(what: What) -> bool:
+    return isinstance(what, View) and not all(c.affine for _, c in what.coords)
 
 
 def stored_type(node: Node) -> DType:

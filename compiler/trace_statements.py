@@ -71,7 +71,7 @@ class Selection:
             self.after[node] = _is_after(node.what) or (not isinstance(node.what, Loop) and any(self.after[a] for a in args))
             if self._is_statement(node, filled):
                 self.statements.add(node)
-            self.size[node] = 1 if node in self.statements else 1 + sum(self.size[a] for a in operands(node.what))
+            self.size[node] = 1 if node in self.statements else self._written(node)
         return self
 
     def _reach(self) -> None:
@@ -86,6 +86,12 @@ class Selection:
                     seen.add(arg)
                     stack.append(arg)
         self.reachable = sorted(seen, key=lambda node: node.order)
+
+    def _written(self, node: Node) -> int:
+        """How many nodes it takes to write `node` out; a view may repeat its coordinates wherever it reads."""
+        if isinstance(node.what, View):
+            return self.size[node.what.x] * (1 + sum(self.size[c] for _, c in node.what.coords))
+        return 1 + sum(self.size[a] for a in operands(node.what))
 
     def _siblings(self, node: Node) -> tuple[Node, ...]:
         """Both results of a populate, which gives them together, used or not."""
@@ -105,7 +111,7 @@ class Selection:
             return True
         if node in filled and not (isinstance(node.what, View) and self._only_renames(node)):
             return True
-        size = 1 + sum(self.size[a] for a in operands(node.what))
+        size = self._written(node)
         if size > _LARGEST:
             return True
         if not self.tensors[node] and not self.special[node] and size <= _INDEX_SIZE:

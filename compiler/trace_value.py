@@ -31,7 +31,6 @@ from .trace_graph import (
     Step,
     View,
     joint_ranks,
-    operands,
     ordered,
     size_expression,
     user_location,
@@ -71,7 +70,7 @@ class Value:
 
     # --- arithmetic ------------------------------------------------------------------------------------------------------------
     def __add__(self, other: Operand) -> Value: return apply("add", self, other)
-    def __radd__(self, other: Operand) -> Value: return apply("add", other, self)
+    def __radd__(self, other: Operand) -> Value: return self if type(other) is int and other == 0 else apply("add", other, self)
     def __sub__(self, other: Operand) -> Value: return apply("sub", self, other)
     def __rsub__(self, other: Operand) -> Value: return apply("sub", other, self)
     def __mul__(self, other: Operand) -> Value: return apply("mul", self, other)
@@ -306,7 +305,7 @@ class Value:
             self._new_rank(new, ordered(here.ranks, names))
         for old, new in names.items():
             if new not in names:
-                declare_size(self.graph, new, Extent(old))
+                self.graph.equate(new, old)
         return here._view(tuple((old, self.graph.node(Leaf(Index(new)))) for old, new in names.items()), None)
 
     def split(self, over: str, *, into: Sequence[str] | str, **sizes: int | Value) -> Value:
@@ -325,7 +324,7 @@ class Value:
         if len(open_parts) > 1:
             sizes_open = ", ".join(open_parts)
             raise self.graph.error(f"split of {rank!r} leaves the sizes of {sizes_open} open", f"give one, such as {parts[-1]}=32")
-        self.graph.declare(rank, product([Extent(part) for part in parts]))
+        self.graph.compose(rank, parts)
         position = lift_index(self.graph, parts[0])
         for part in parts[1:]:
             position = position * Value(self.graph.node(Leaf(Extent(part))), (), self.graph) + lift_index(self.graph, part)
@@ -336,7 +335,7 @@ class Value:
         here = inside(self)
         parts = here._over("join", (over,) if isinstance(over, str) else tuple(over))
         self._new_rank(into, ordered(here.ranks, parts))
-        self.graph.declare(into, product([Extent(part) for part in parts]))
+        self.graph.compose(into, parts)
         rest = lift_index(self.graph, into)
         coords = []
         for place, part in reversed(list(enumerate(parts))):
@@ -362,7 +361,7 @@ class Value:
             self.graph.settle((held.node,), boolean)
             raise self.graph.error(f"where needs a bool condition, found {held.dtype}", "compare: x.where(mask != 0)")
         both = tuple(dict.fromkeys((*here.where_, *held.where_, *_conjuncts(held.node))))
-        if _gathers(here.node):  # a gathered index may be out of range where the condition is false: nothing may read there
+        if here.node.gathers:  # a gathered index may be out of range where the condition is false: nothing may read there
             return Value(stored(Value(here.node, both, self.graph)), both, self.graph)
         return Value(here.node, both, self.graph)
 
@@ -427,7 +426,7 @@ def literal(x: object, graph: Graph) -> Const:
         return Const(int(x))
     if isinstance(x, numbers.Real):
         return Const(float(x))
-    if type(x).__name__ == "bool_":
+    if type(x).__module__ == "numpy" and getattr(x, "shape", None) == () and isinstance(x.item(), bool):  # type: ignore[attr-defined]
         return Const(bool(x))
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         raise graph.error(f"a {type(x).__name__} inside a traced function", "make it an argument with an annotation such as 'b m e'")
@@ -490,14 +489,6 @@ def type_named(name: object, graph: Graph) -> DType:
         raise graph.error(f"unknown type {spelled!r}", "such as 'f32', 'bf16', 'i32', 'u8', 'f8e4m3'") from None
 
 
-def product(parts: Sequence[Expr]) -> Expr:
-    """The product of sizes."""
-    result = parts[0]
-    for part in parts[1:]:
-        result = Op("mul", (result, part))
-    return result
-
-
 def mean_of(x: Value, over: tuple[str, ...]) -> Value:
     """The sum over the ranks by the number of points that count."""
     here = inside(x)
@@ -545,33 +536,12 @@ def _zero(dtype: DType) -> Const:
     return Const(0.0) if dtype.is_float else Const(False) if dtype == boolean else Const(0)
 
 
-def _gathers(node: Node) -> bool:
-    """Whether a map reads a tensor at another tensor's value."""
-    match node.what:
-        case View(x=x, coords=coords):
-            return any(not _affine(c) for _, c in coords) or _gathers(x)
-        case Apply() | Convert():
-            return any(_gathers(arg) for arg in operands(node.what))
-        case _:
-            return False
-
-
 def _may_leave(node: Node) -> bool:
     """Whether a coordinate moves with an index so that it may leave the tensor; see `Value.at`."""
     match node.what:
         case Apply(op="mod") | Leaf() | Step():
             return False
         case Apply(op=("add" | "sub" | "mul" | "floordiv" | "neg")):
-            return _affine(node) and bool(node.ranks)
-        case _:
-            return False
-
-
-def _affine(node: Node) -> bool:
-    match node.what:
-        case Leaf() | Step():
-            return True
-        case Apply() | Convert() | View():
-            return all(_affine(a) for a in operands(node.what))
+            return node.affine and bool(node.ranks)
         case _:
             return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import einfall as ef
+import numpy as np
 import pytest
 import torch
 from einfall.compiler.trace import trace
@@ -416,6 +417,85 @@ def test_unnamed_maps_do_not_blow_up():
     assert all(len(line) < 200 for line in print_cascade(cascade).splitlines())
 
 
+def test_conditions_and_coordinates_do_not_blow_up():
+    def body(X: "b p"):
+        i = ef.index("p")
+        for _ in range(60):
+            X = (X * X).where(X > 0)
+            i = (i + i) % 7
+        return X.at(p=i).sum("p")
+
+    assert len(print_cascade(trace(body))) < 100_000
+
+
+def test_views_of_views_do_not_blow_up():
+    def body(X: "p"):
+        Y = X + X.at(p=0)
+        for _ in range(12):
+            i = ef.index("p")
+            Y = (Y * Y + Y).at(p=(i * i + i + 1) % 5)
+        return Y
+
+    assert len(print_cascade(trace(body))) < 20_000
+
+
+def test_sizes_that_nothing_uses_are_left_out():
+    def body(X: "b p"):
+        X.rename(p="q")
+        X.split("p", into="u v", v=3)
+        return X.sum("p")
+
+    assert statements(body) == ["  O[b] = sum(p) X[b,p]"]
+
+
+def test_a_rank_of_known_size_is_split():
+    def body(X: "b p=12"):
+        Y = X.split("p", into="n j", j=4)
+        return Y.sum("j"), X.split("p", into="u v", v=3).sum("v"), Y.join("n j", into="p")
+
+    lines = statements(body)
+    assert lines[:5] == ["  rank p = 12", "  rank j = 4", "  rank n = 3", "  rank v = 3", "  rank u = 4"]
+    x = draw(2, 12)
+    by_four, by_three, same = run(body, x)
+    close(by_four, x.reshape(2, 3, 4).sum(-1))
+    close(by_three, x.reshape(2, 4, 3).sum(-1))
+    close(same, x)
+
+
+def test_a_rank_is_split_in_two_ways():
+    def body(X: "b p"):
+        return X.split("p", into="n j", j=4).sum("j"), X.split("p", into="u v", v=3).sum("v")
+
+    lines = statements(body)
+    assert [line for line in lines if "rank" in line] == ["  rank j = 4", "  rank p = n * j", "  rank v = 3", "  rank u = p // v"]
+    x = draw(2, 12)
+    by_four, by_three = run(body, x)
+    close(by_four, x.reshape(2, 3, 4).sum(-1))
+    close(by_three, x.reshape(2, 4, 3).sum(-1))
+
+
+def test_ranks_of_one_size_are_renamed():
+    def body(X: "b p=4", Y: "b q=4", Z: "b r"):
+        return X.rename(p="q") * Y + Z.rename(r="q") + Z.rename(r="s").sum("s")
+
+    x, y, z = draw(2, 4), draw(4, 2).T, draw(2, 4) + 1
+    close(run(body, x, y, z), x * y + z + z.sum(1, keepdim=True))
+
+
+def test_pythons_sum_of_values():
+    def body(X: "b p", Y: "b p"):
+        return sum([X, Y])
+
+    assert statements(body) == ["  O[b,p] = X[b,p] + Y[b,p]"]
+
+
+def test_numbers_of_numpy():
+    def body(X: "b"):
+        return np.float32(0.5) * X + np.int64(2) - X * np.bool_(True)
+
+    assert statements(body) == ["  O[b] = 0.5 * X[b] + 2 - X[b] * true"]
+
+
 def test_long_chains_stay_shallow():
     def chain(X: "b p", Y: "b p"):
         for _ in range(3000):
@@ -658,11 +738,14 @@ ERRORS = {
     "unknown_type": lambda X: X.to("f33"),
     "bitcast_sizes": lambda X: X.bitcast("i16"),
     "tensor_inside": lambda X: X * torch.ones(3),
+    "tensor_on_the_left": lambda X: torch.ones(3) * X,
     "string_operand": lambda X: X * "2",
     "unsized_rank": lambda X: X * ef.index("w"),
     "sizes_clash": lambda X: ef.index("w", size=3) * ef.index("w", size=4) * X,
     "size_zero": lambda X: ef.index("w", size=0) * X,
     "split_open": lambda X: X.split("p", into="n j"),
+    "split_remainder": lambda X: X * ef.index("w", size=10).split("w", into="n j", j=4).sum("n j"),
+    "rename_to_another_size": lambda X: X * ef.index("w", size=10) * ef.index("v", size=9).rename(v="w"),
     "split_name_taken": lambda X: X.split("p", into="h j", j=2),
     "rename_to_taken": lambda X: X.rename(p="h"),
     "topk_of_a_fraction": lambda X: X.topk("p", k=2.5, into="s")[0],
