@@ -166,7 +166,7 @@ def layer_matmul_oracle(X, G, W, eps):
     return torch.nn.functional.layer_norm(X, X.shape[-1:], G, None, eps) @ W
 
 
-def mean_variance(X: "m p") -> (m, m):
+def mean_variance(X: "m p") -> ("m", "m"):
     A = X.mean("p")
     C = X - A
     B = (C * C).mean("p")
@@ -185,7 +185,7 @@ def temperature_average_oracle(X, V, T):
     return (torch.softmax(X * T[:, None], -1)[..., None] * V).sum(1)
 
 
-def best(X: "m p") -> (m, m):
+def best(X: "m p") -> ("m", "m"):
     A = X.max("p")
     I = X.argmax("p")
     return A, I

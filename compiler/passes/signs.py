@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from ...ir.cascade import Einsum
 from ...ir.expr import Const, Expr, Extent, Op, Read, Scalar, Seen, children, walk
@@ -35,17 +35,20 @@ def is_positive(e: Expr, statements: Mapping[str, Einsum]) -> bool:
             return False
 
 
-def built_of_maxima(e: Expr, statements: Mapping[str, Einsum]) -> bool:
-    """Whether only -inf can make `e` non-finite: running maxima, inputs, numbers and maximum of these."""
+def built_of_maxima(e: Expr, statements: Mapping[str, Einsum], plain: Container[str]) -> bool:
+    """Whether only -inf can make `e` non-finite: running maxima, inputs, numbers and maximum of these.
+
+    `plain` are the reductions whose running value is a state itself; one that is rebuilt from others may be inf - inf at first.
+    """
     match e:
         case Const(value=value):
             return math.isfinite(value) or value < 0
         case Scalar():
             return True
         case Read(tensor=tensor):
-            return tensor not in statements or statements[tensor].op == "max"
+            return tensor not in statements or (statements[tensor].op == "max" and tensor in plain)
         case Op(name="maximum", args=(a, b)):
-            return built_of_maxima(a, statements) and built_of_maxima(b, statements)
+            return built_of_maxima(a, statements, plain) and built_of_maxima(b, statements, plain)
         case _:
             return False
 

@@ -41,7 +41,7 @@ def sink_accesses(cascade: Cascade) -> Cascade:
             value = reduced_at(replace(node, fill=None), statement, coordinates)
         if value is None:
             return None
-        return value if node.fill is None else Op("where", (_inside(coordinates), value, node.fill))
+        return value if node.fill is None else Op("where", (_inside(coordinates), _filled(value), node.fill))
 
     def reduced_at(node: Read, statement: Einsum, coordinates: dict[str, Expr]) -> Expr | None:
         ranks = tuple(dict.fromkeys(r for c in node.coords for r in expression_ranks(c)))
@@ -65,6 +65,17 @@ def sink_accesses(cascade: Cascade) -> Cascade:
         extra.clear()
         body.append(new)
     return drop_unused(replace(cascade, body=tuple(body)))
+
+
+def _filled(e: Expr) -> Expr:
+    """`e` whose reads at moved coordinates give 0 outside the tensor: the select around it hides them, but they must not leave memory."""
+
+    def rule(node: Expr) -> Expr | None:
+        if isinstance(node, Read) and node.fill is None and not all(isinstance(c, Index) for c in node.coords):
+            return replace(node, fill=Const(0))
+        return None
+
+    return rewrite(e, rule)
 
 
 def _inside(coordinates: dict[str, Expr]) -> Expr:

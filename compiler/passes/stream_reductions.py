@@ -210,7 +210,8 @@ class Streamer:
 
     def _origin(self, e: Expr, draft: _Draft, *, exponential: bool) -> str:
         """The origin that holds `e`, made if it is new. One that enters polynomially must always be finite, so it is carried."""
-        kind: Literal["max", "free"] = "max" if exponential and built_of_maxima(e, self.statements) else "free"
+        plain = {v.reduction for v in draft.values if v.added is None and [outside for outside, _ in v.terms] == [None]}
+        kind: Literal["max", "free"] = "max" if exponential and built_of_maxima(e, self.statements, plain) else "free"
         for i, known in enumerate(draft.origins):
             if known.expr == e:
                 draft.origins[i] = replace(known, kind="free" if "free" in (kind, known.kind) else "max")

@@ -42,13 +42,16 @@ def write_streams(plan: Plan) -> Cascade:
                 write(r.tensor)
         body.append(statements[name])
 
+    taken = set(cascade.tensor_ranks()) | set(cascade.all_ranks())
     for kernel, stage in stages:
         mine = {r.out for r in stage.reductions}
         needed = frozenset[str]().union(*(depends[name] for name in mine))
         for name in statements:
             if name in needed and not depends[name] & mine:
                 write(name)
-        body.extend(_StageWriter(cascade, kernel, stage).statements())
+        if not mine <= written:  # a reduction that two kernels compute is written once
+            body.extend(_StageWriter(kernel, stage, taken).statements(written))
+            written.update(mine)
     for s in cascade.body:
         if isinstance(s, Einsum):
             write(s.out)
@@ -58,10 +61,10 @@ def write_streams(plan: Plan) -> Cascade:
 class _StageWriter:
     """One stage as a block and the maps that rebuild its reductions after it."""
 
-    def __init__(self, cascade: Cascade, kernel: KernelPlan, stage: Stage) -> None:
+    def __init__(self, kernel: KernelPlan, stage: Stage, taken: set[str]) -> None:
         self.stage = stage
         self.stream = kernel.stream or ""
-        self.taken = set(cascade.tensor_ranks()) | {s.name for s in stage.states} | set(cascade.all_ranks())
+        self.taken = taken
         self.values = {v.reduction: v for v in stage.values}
         self.earlier = {r.out for s in kernel.stages for r in s.reductions} - set(self.values)
         self.ranks = {r.out: r.ranks for r in stage.reductions}
@@ -78,7 +81,8 @@ class _StageWriter:
         self.taken.add(name)
         return name
 
-    def statements(self) -> list[Statement]:
+    def statements(self, written: set[str]) -> list[Statement]:
+        """The block and the maps after it, but for reductions already written."""
         done: set[str] = set()
         for r in self.stage.reductions:
             owned = [s for s in self.stage.states if s.owner == r.out]
@@ -92,7 +96,8 @@ class _StageWriter:
                 self._state(state)
         block = Iterate(self.stream, tuple(self.states), tuple(self.body))
         end = Extent(self.stream)
-        after = [Einsum(r.out, r.ranks, self._rebuilt(self.values[r.out], self.state_name, end)) for r in self.stage.reductions]
+        new = [r for r in self.stage.reductions if r.out not in written]
+        after = [Einsum(r.out, r.ranks, self._rebuilt(self.values[r.out], self.state_name, end)) for r in new]
         return [block, *after]
 
     def _rebuilt(self, value: Value, names: dict[str, str], extent: Expr) -> Expr:

@@ -23,11 +23,13 @@ TILES = {"m": 16, "p": 32, "t": 16, "v": 32, "n": 32}
 
 
 @functools.cache
-def executable(name: str, dtype: ef.DType, resident: int):
+def executable(name: str, dtype: ef.DType, resident: int, gaps: bool = False):
     case = BY_NAME[name]
     sizes = extents_with(case, resident, dict.fromkeys(case.sizes, 64))
     tiles = {r: n for r, n in TILES.items() if r in case.sizes and r not in held(case)}
-    return compile_cascade(traced(case, dtype), sizes=sizes, target="cpu", schedule=ef.Schedule.from_dict({"tile": tiles}))
+    cascade, schedule = traced(case, dtype), ef.Schedule.from_dict({"tile": tiles})
+    strided = frozenset(t.name for t in cascade.inputs) if gaps else frozenset()
+    return compile_cascade(cascade, sizes=sizes, target="cpu", schedule=schedule, strided=strided)
 
 
 def held(case: Case) -> tuple[str, ...]:
@@ -98,9 +100,9 @@ def test_random_extents_strides_and_values(name, dtype):
     def check(data):
         sizes = data.draw(shapes(case))
         tensors = make_inputs(case, sizes, data.draw(st.integers(0, 2**16)), dtype)
-        layout = data.draw(st.sampled_from((0, 1, 2, 3)))
+        layout = data.draw(st.sampled_from((0, 1, 3, 2)))
         tensors = {n: strided(t, layout) for n, t in tensors.items()}
-        exe = executable(name, kind, resident_of(case, sizes))
+        exe = executable(name, kind, resident_of(case, sizes), gaps=layout == 2)
         found = results(exe(*tensors.values(), **case.scalars))
         exact = results(case.oracle(*(t.double() if t.is_floating_point() else t for t in tensors.values()), *case.scalars.values()))
         eager = results(case.oracle(*tensors.values(), *case.scalars.values()))
