@@ -212,7 +212,8 @@ class _Family:
         self._ranks = next(([rank for rank, _ in extents] for extents, _, _ in usable.values()), [])
         kept = [(name, *row) for name, row in usable.items() if [rank for rank, _ in row[0]] == self._ranks]
         self._rows = kept
-        table = np.array([[extent for _, extent in extents] for _, extents, _, _ in kept], dtype=np.float64).reshape(len(kept), len(self._ranks))
+        table = np.array([[extent for _, extent in extents] for _, extents, _, _ in kept], dtype=np.float64)
+        table = table.reshape(len(kept), len(self._ranks))
         self._logs = np.log2(table)
         self._buckets = np.ceil(self._logs)
 

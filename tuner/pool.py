@@ -55,7 +55,7 @@ class Died(Exception):
 class Worker:
     """One child process, started when first asked and again after it died."""
 
-    def __init__(self, command: Sequence[str], threads: int) -> None:
+    def __init__(self, command: Sequence[str], threads: int | None) -> None:
         self._command = tuple(command)
         self._threads = threads
         self._process: subprocess.Popen[bytes] | None = None
@@ -102,7 +102,8 @@ class Worker:
         self._from_child, child_writes = os.pipe()
         self._buffer = b""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        threads = str(self._threads)
+        threads = str(self._threads or 0)
+        limits = {"OMP_NUM_THREADS": threads, "TVM_NUM_THREADS": threads} if self._threads else {}
         try:
             self._process = subprocess.Popen(
                 [*self._command, str(child_reads), str(child_writes), threads],
@@ -111,7 +112,7 @@ class Worker:
                 stdout=self._stderr,
                 stderr=self._stderr,
                 start_new_session=True,  # Ctrl-C is the parent's to handle
-                env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": threads, "TVM_NUM_THREADS": threads},
+                env={**os.environ, **ENVIRONMENT, **limits},
             )
         except OSError as error:
             raise BuildError(f"a tuning worker cannot be started: {error}", hint="`einfall doctor` checks the installation") from None
@@ -174,7 +175,7 @@ class Worker:
 class WorkerPool:
     """Several workers. Use as a context manager: leaving it kills them all."""
 
-    def __init__(self, *, workers: int, threads: int, timeout_s: float, command: Sequence[str] = COMMAND) -> None:
+    def __init__(self, *, workers: int, threads: int | None, timeout_s: float, command: Sequence[str] = COMMAND) -> None:
         self._workers = [Worker(command, threads) for _ in range(max(1, workers))]
         self._timeout_s = timeout_s
 

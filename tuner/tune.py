@@ -203,7 +203,7 @@ def tune(
         policy: whether inputs are out of the cache when they are timed.
         space, default: other candidates than those of the plan, and the schedule they are compared with.
         workers: children that build and check at the same time; timing is always one at a time.
-        threads: threads of a kernel; those of the target if None.
+        threads: threads of a kernel; None leaves them to the target, as in a call.
         command: the program of a child.
 
     Raises:
@@ -223,7 +223,7 @@ def tune(
             target=machine.to_json(), seed=seed, policy=policy, cache=cache, protocol=protocol or Protocol(),
         )  # fmt: skip
         run = _Run(opened, Workload.of(cascade, full), machine, job, on_event or (lambda event: None), resume=resume)
-        with WorkerPool(workers=workers, threads=threads or machine.threads, timeout_s=timeout_s, command=command) as pool:
+        with WorkerPool(workers=workers, threads=threads, timeout_s=timeout_s, command=command) as pool:
             run.search(space, pool, trials)
             run.hold_finals(pool)
         result = run.result(time.monotonic() - began)

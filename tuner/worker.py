@@ -232,12 +232,13 @@ def settle_in(threads: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     os.dup2(2, 1)  # whatever a kernel prints must not reach the protocol
 
 
 def main(build: Builder = build_candidate) -> None:
-    """The program of a worker: `worker REQUESTS REPLIES THREADS`, the first two being inherited file descriptors."""
+    """The program of a worker: `worker REQUESTS REPLIES THREADS`: two inherited descriptors, and 0 threads for all there are."""
     requests, replies, threads = (int(value) for value in sys.argv[1:4])
     settle_in(threads)
     serve(build, requests, replies)
