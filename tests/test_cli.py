@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import einfall as ef
 import pytest
@@ -68,6 +69,29 @@ def test_the_help_lists_every_command_and_the_version_is_the_package_s(call):
     status, out, _ = call("--help")
     assert status == 0 and all(re.search(rf"^  {command} ", out, re.M) for command in _COMMANDS)
     assert call("--version")[1].strip().endswith(ef.__version__)
+
+
+def reference():
+    """The help of every command, as a page."""
+    import click
+    from einfall.cli import cli
+
+    def pages(command, name):
+        context = click.Context(command, info_name=name, terminal_width=110, max_content_width=110)
+        yield name, command.get_help(context)
+        if isinstance(command, click.Group):
+            for below in command.list_commands(context):
+                yield from pages(command.get_command(context, below), f"{name} {below}")
+
+    head = "# Command line\n\nEach command with its own help; this page is written from it.\n"
+    return head + "".join(f"\n## {name}\n\n```text\n{text}\n```\n" for name, text in pages(cli, "einfall"))
+
+
+def test_the_page_of_the_command_line_is_its_help(request):
+    page = Path(__file__).parent.parent / "docs" / "cli.md"
+    if request.config.getoption("--update-golden"):
+        page.write_text(reference())
+    assert page.read_text() == reference(), "run pytest tests/test_cli.py --update-golden"
 
 
 def test_python_m_einfall_is_the_same_program():

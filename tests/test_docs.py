@@ -78,3 +78,9 @@ def test_the_example_of_the_readme_is_short():
     first = BLOCK.findall((ROOT / "README.md").read_text())
     example = next(body for kind, body in first if kind == "python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 16
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")} - {"README.md"}
+    assert [page for page in sorted(pages) if f"]({page})" not in index] == []
