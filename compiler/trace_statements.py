@@ -32,7 +32,6 @@ from .trace_graph import (
     State,
     Step,
     View,
-    What,
     operands,
 )  # fmt: skip
 
@@ -57,22 +56,31 @@ class Selection:
     tensors: dict[Node, bool] = field(default_factory=dict)
     special: dict[Node, bool] = field(default_factory=dict)
     after: dict[Node, bool] = field(default_factory=dict)
+    fills: dict[Node, bool] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: Graph, roots: Iterable[Node], named: Mapping[Node, tuple[int, str, bool]]) -> Selection:
         """The selection for the results `roots`."""
         self = Selection(graph, named, frozenset(roots))
         self._reach()
-        filled = {n.what.x for n in self.reachable if isinstance(n.what, View) and n.what.fill is not None}
+        views = [n.what for n in self.reachable if isinstance(n.what, View)]
+        filled = {view.x for view in views if view.fill is not None}
+        gathered = {view.x for view in views if not all(c.affine for _, c in view.coords)}
         for node in self.reachable:
-            args = operands(node.what)
-            self.tensors[node] = isinstance(node.what, (Source, State, *_ALWAYS)) or any(self.tensors[a] for a in args)
-            self.special[node] = _is_special(node.what) or any(self.special[a] for a in args)
-            self.after[node] = _is_after(node.what) or (not isinstance(node.what, Loop) and any(self.after[a] for a in args))
-            if self._is_statement(node, filled):
+            self._note(node)
+            if self._is_statement(node, filled) or (node in gathered and self.fills[node]):  # a gathered index has no outside to fill
                 self.statements.add(node)
             self.size[node] = 1 if node in self.statements else self._written(node)
         return self
+
+    def _note(self, node: Node) -> None:
+        """Whether `node` reads tensors, computes more than arithmetic, reads a state after its step, and reads with a fill."""
+        what, args = node.what, operands(node.what)
+        self.tensors[node] = isinstance(what, (Source, State, *_ALWAYS)) or any(self.tensors[a] for a in args)
+        self.special[node] = (isinstance(what, Apply) and OPS[what.op].kind == "float") or any(self.special[a] for a in args)
+        self.after[node] = what.after if isinstance(what, State) else not isinstance(what, Loop) and any(self.after[a] for a in args)
+        written_out = (a for a in args if a not in self.statements)
+        self.fills[node] = (isinstance(what, View) and what.fill is not None) or any(self.fills[a] for a in written_out)
 
     def _reach(self) -> None:
         seen: set[Node] = set(self.outputs)
@@ -138,14 +146,6 @@ class Selection:
                 return True
             case _:
                 return node in self.statements
-
-
-def _is_after(what: What) -> bool:
-    return isinstance(what, State) and what.after
-
-
-def _is_special(what: What) -> bool:
-    return isinstance(what, Apply) and OPS[what.op].kind == "float"
 
 
 @dataclass(slots=True)

@@ -234,7 +234,7 @@ small = st.integers(0, 7)
 steps = st.lists(st.tuples(st.sampled_from(KINDS), small, small, small, st.integers(0, 4)), min_size=1, max_size=10)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(steps, st.integers(0, 9))
 def test_random_programs_mean_the_same_traced(steps, seed):
     generator = torch.Generator().manual_seed(seed)
