@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from encoder import Batch, Encoder, Stopwatch
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 25
+MIN_ROUNDS, MAX_ROUNDS = 2, 25
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
+DTYPES = {"L": "i32"}  # where a call is described by its extents; all other inputs are f32
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
@@ -35,6 +36,19 @@ def attention(Q: "b h m e", K: "b h p e", V: "b h p f", L: "b", *, scale: float)
 def run_kernel(Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, L: torch.Tensor, scale: float) -> torch.Tensor:
     """The kernel as anybody calls it, with the best schedule that the database knows."""
     return attention(Q, K, V, L, scale=scale)
+
+
+class DefaultSchedule:
+    """The kernel as it is compiled where no database knows better."""
+
+    def __init__(self) -> None:
+        self._built: dict[torch.Size, ef.Executable] = {}
+
+    def __call__(self, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, L: torch.Tensor, scale: float) -> torch.Tensor:
+        if Q.shape not in self._built:
+            with ef.configure(database=None):
+                self._built[Q.shape] = attention.compile(Q, K, V, L, scale=scale)
+        return self._built[Q.shape](Q, K, V, L, scale=scale)
 
 
 def run_reference(Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, L: torch.Tensor, scale: float) -> torch.Tensor:
@@ -122,6 +136,12 @@ class Encoder:
             places = order[start : start + size]
             padded = self.tokenizer.pad({"input_ids": [tokens[i] for i in places]}, return_tensors="pt")
             yield Batch(padded["input_ids"], padded["attention_mask"], tuple(places))
+
+    def dims(self, batch: Batch) -> dict[str, int]:
+        """The extents of the attention in a batch, rank by rank."""
+        config, (b, m) = self.model.config, batch.tokens.shape
+        width = config.hidden_size // config.num_attention_heads
+        return {"b": b, "h": config.num_attention_heads, "m": m, "p": m, "e": width, "f": width}
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, implementation: str) -> torch.Tensor:
