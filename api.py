@@ -108,7 +108,7 @@ class Kernel:
         self._names = frozenset(n for n, _ in (*self._parameters.scalars, *self._parameters.static))
         self._lock = threading.RLock()
         self._traced: dict[object, Cascade] = {}
-        self._targets: dict[str, Target] = {}
+        self._targets: dict[tuple[str, int | None], Target] = {}
         self._executables: dict[object, list[Executable]] = {}
         self._memo: dict[object, tuple[Executable, Bound]] = {}
         self._memo_settings: Settings | None = None
@@ -257,15 +257,16 @@ class Kernel:
         return _Call(cascade, ordered, tuple(scalars), static)
 
     def _target(self, target: str | Target) -> Target:
-        """A target by name, one object a name, so that look-ups can remember it."""
+        """A target by name with the threads of the settings, one object for each, so that look-ups can remember it."""
         if not isinstance(target, str):
             return target
+        key = (target, current().threads)
         with self._lock:
-            if target not in self._targets:
+            if key not in self._targets:
                 from .schedules.target import load_target
 
-                self._targets[target] = load_target(target)
-            return self._targets[target]
+                self._targets[key] = _with_threads(load_target(target), current().threads)
+            return self._targets[key]
 
     def _executable(self, asked: Asked, target: Target, schedule: Schedule | None) -> Executable:
         """The executable for these extents and layouts: one built before if it serves them, else a new one."""
@@ -523,6 +524,14 @@ def _known_schedule(cascade: Cascade, sizes: Mapping[str, int], target: Target) 
         return None
     found = _lookup(database).find(cascade, sizes, target)
     return None if found is None else found.schedule
+
+
+def _with_threads(target: Target, threads: int | None) -> Target:
+    """A CPU with that many workers."""
+    if threads is None or target.kind != "cpu":
+        return target
+    limits = {**dict(target.limits), "threads": threads}
+    return replace(target, limits=tuple(sorted(limits.items())))
 
 
 def _refuse_other_devices(cascade: Cascade, tensors: Sequence[torch.Tensor]) -> None:

@@ -28,7 +28,8 @@ class Settings:
         database: the SQLite file that holds tuned schedules; None looks nothing up.
         cache: the folder of built kernels; None keeps them in memory only.
         debug: whether each pass is checked and printed.
-        threads: the threads a kernel uses; None for one a core that the process may use.
+        threads: the threads kernels are built for, and of the pool that the first kernel of the process starts; None for one a core
+            that the process may use.
     """
 
     database: Path | None

@@ -64,4 +64,4 @@ def bench_command(
     if found.roofline_ms is not None:
         rows.append(["roofline", f"{found.roofline_ms:.4g}", "-", f"{found.roofline_ms / found.entries[0].median_ms:.2f}"])
     sizes = ", ".join(f"{rank}={extent}" for rank, extent in found.sizes)
-    table(f"{found.cascade} at {sizes}", ["", "ms", "quartiles apart", "times the kernel"], rows)
+    table(f"{found.cascade} at {sizes}", ["", "ms", "quartiles apart", "time over the kernel's"], rows)

@@ -130,7 +130,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     shown = Table(title=title or None, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        shown.add_column(column, overflow="fold", justify="left" if index == 0 else "right")
+        numbers = all(row[index][:1].isdigit() or row[index] == "-" for row in rows)
+        shown.add_column(column, overflow="fold", justify="right" if rows and numbers else "left")
     for row in rows:
         shown.add_row(*row)
     console = Console()

@@ -162,7 +162,7 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
     backend = backend_for(order.target)
     if current().debug:
         _trace_passes(order.cascade)
-    plan = make_plan(order.cascade, order.sizes)
+    plan = make_plan(order.cascade, order.sizes, repeat=frozenset() if schedule is None else schedule.repeated)
     chosen = default_schedule(plan, order.sizes, order.target) if schedule is None else schedule
     programs = lower(plan, chosen, order.sizes)
     if current().debug:
@@ -177,7 +177,7 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
 def machine_text(target: Target) -> str:
     """What of a machine and its tools decides about code: features and limits, not measured speeds."""
     known = [target.kind, target.name, target.description, target.cores, target.features, target.limits]
-    return json.dumps([*known, current().threads, toolchain()])
+    return json.dumps([*known, toolchain()])
 
 
 def _trace_passes(cascade: Cascade) -> None:

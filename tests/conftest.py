@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+os.environ["EINFALL_DB"] = ""  # what somebody tuned on this machine changes no test
 GOLDEN = Path(__file__).parent / "golden"
 
 
