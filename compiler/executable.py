@@ -10,7 +10,7 @@ Extents that no kernel was specialised to are arguments of the launch, so one ex
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,12 +131,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What a signature was checked to: the tensors to allocate (outputs, then temporaries) and the launches."""
+    """What a signature was checked to: the tensors to allocate (outputs, then temporaries) and the launches.
+
+    `restrided` gives the stride 1 to a last axis of one element, whose stride says nothing but is checked by the kernel.
+    """
 
     allocated: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     outputs: int
     steps: tuple[Step, ...]
     differentiable: bool
+    restrided: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class Executable:
@@ -195,6 +199,8 @@ class Executable:
         if bound.differentiable:
             tensors = self._detached(tensors)
         slots = [*tensors]
+        for i, strides in bound.restrided:
+            slots[i] = slots[i].as_strided(slots[i].shape, strides)
         allocated = bound.allocated
         if out is not None:
             slots += given_outputs(self.cascade, tensors, out, allocated[: bound.outputs])
@@ -300,7 +306,9 @@ class Executable:
                     cascade=self.cascade.name,
                     hint="call the kernel itself, which compiles again, or .compile() for these extents",
                 )
-        return self._steps(sizes, any(t.requires_grad for t in tensors.values()))
+        single = [(i, t) for i, t in enumerate(tensors.values()) if t.ndim and t.shape[-1] == 1 and t.stride(-1) != 1]
+        restrided = tuple((i, (*t.stride()[:-1], 1)) for i, t in single)
+        return replace(self._steps(sizes, any(t.requires_grad for t in tensors.values())), restrided=restrided)
 
     def _check_kind(self, name: str, tensor: torch.Tensor) -> None:
         if not tensor.is_cpu:

@@ -100,9 +100,10 @@ def test_random_extents_strides_and_values(name, dtype):
     def check(data):
         sizes = data.draw(shapes(case))
         tensors = make_inputs(case, sizes, data.draw(st.integers(0, 2**16)), dtype)
-        layout = data.draw(st.sampled_from((0, 1, 3, 2)))
+        layout = data.draw(st.sampled_from((0, 1, 2, 3)))
         tensors = {n: strided(t, layout) for n, t in tensors.items()}
-        exe = executable(name, kind, resident_of(case, sizes), gaps=layout == 2)
+        gaps = any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors.values())
+        exe = executable(name, kind, resident_of(case, sizes), gaps)
         found = results(exe(*tensors.values(), **case.scalars))
         exact = results(case.oracle(*(t.double() if t.is_floating_point() else t for t in tensors.values()), *case.scalars.values()))
         eager = results(case.oracle(*tensors.values(), *case.scalars.values()))
