@@ -76,12 +76,13 @@ def reference():
     import click
     from einfall.cli import cli
 
-    def pages(command, name):
-        context = click.Context(command, info_name=name, terminal_width=110, max_content_width=110)
+    def pages(command, name, parent=None):
+        settings = {**command.context_settings, "terminal_width": 110, "max_content_width": 110}
+        context = click.Context(command, parent=parent, info_name=name.split()[-1], **settings)
         yield name, command.get_help(context)
         if isinstance(command, click.Group):
             for below in command.list_commands(context):
-                yield from pages(command.get_command(context, below), f"{name} {below}")
+                yield from pages(command.get_command(context, below), f"{name} {below}", context)
 
     head = "# Command line\n\nEach command with its own help; this page is written from it.\n"
     return head + "".join(f"\n## {name}\n\n```text\n{text}\n```\n" for name, text in pages(cli, "einfall"))
