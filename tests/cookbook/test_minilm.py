@@ -147,7 +147,7 @@ def test_the_whole_recipe_runs(recipe, tmp_path, monkeypatch, capsys):
 
     before = ef.settings
     monkeypatch.setattr(demo, "read_sentences", lambda: sorted(recipe.read_sentences(), key=len)[8:32:2])
-    asked = ["--trials", "2", "--seconds", "5", "--model-seconds", "1", "--measure-seconds", "0.2", "--batch", "12"]
+    asked = ["--trials", "4", "--seconds", "0", "--model-seconds", "1", "--measure-seconds", "0.2", "--batch", "12"]
     try:
         assert demo.main([*asked, "--out", str(tmp_path)]) == 0
     finally:
@@ -157,6 +157,6 @@ def test_the_whole_recipe_runs(recipe, tmp_path, monkeypatch, capsys):
     data = json.loads((tmp_path / "minilm.json").read_text())
     assert [entry["name"] for entry in data["entries"]] == ["eager", "sdpa", "einfall, default", "einfall, tuned"]
     assert all(entry["worst_cosine"] > 0.9999 and entry["same_neighbours"] for entry in data["entries"])
-    assert 1 <= len(data["tuning"]["trials_ms"]) <= 2
+    assert len(data["tuning"]["trials_ms"]) == 1  # the time was up after the first, the default
     assert (tmp_path / "minilm.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "minilm.db").stat().st_size > 0
