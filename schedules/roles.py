@@ -1,6 +1,7 @@
 """What each rank of a kernel is: a grid rank, the stream, or resident in a tile. It follows from the plan and the extents.
 
-A rank is of the grid if every stored tensor has it and little of the work lacks it; a rank that all streamed inputs carry has tiles of one element unless it is the one along memory; the others are row ranks, which share a streamed tile.
+A rank is of the grid if every stored tensor has it and little of the work lacks it. A grid rank that all streamed inputs carry has
+tiles of one element unless it is the one along memory; the others are row ranks, which share a streamed tile.
 """
 
 from __future__ import annotations

@@ -39,6 +39,9 @@ class DotSchedule:
     k_block: int | None = None
     update_at_load: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "register", tuple(sorted(self.register)))  # equal register tiles are equal
+
 
 @dataclass(frozen=True, slots=True)
 class GroupSchedule:
@@ -110,7 +113,8 @@ class Schedule:
         table = _mapping(data, "a schedule")
         unknown = set(table) - {"version", "tile", "layout", "dot", "group", "grid_order", "stream"}
         if unknown:
-            raise ScheduleError(f"a schedule has no entry {sorted(unknown)[0]!r}", hint="entries are tile, layout, dot, group, grid_order, stream")
+            hint = "entries are tile, layout, dot, group, grid_order, stream"
+            raise ScheduleError(f"a schedule has no entry {sorted(unknown)[0]!r}", hint=hint)
         if table.get("version", VERSION) != VERSION:
             raise ScheduleError(f"schedule version {table.get('version')!r}, this einfall reads version {VERSION}")
         order = table.get("grid_order", "heavy_first")

@@ -25,6 +25,7 @@ STREAM_TILES = (32, 64, 128, 256, 512)
 FLAT_ROWS = (1, 2, 4, 8)
 FLAT_STREAMS = (512, 1024, 2048, 4096, 8192, 16384)
 LANE_TILES = (64, 128, 256, 512, 1024)
+REGISTER_TILES = ((4, 4), (6, 4), (8, 2), (12, 2), (8, 3), (16, 1))  # rows x vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Space:
                 case "grid_order":
                     order = choice
                 case "register" if choice is not None:
-                    dots[axis.key] = replace(dots.get(axis.key, DotSchedule()), register=choice)
+                    dots[axis.key] = replace(dots.get(axis.key, DotSchedule()), register=choice.register, lane=choice.lane)
                 case "update" if choice:
                     dots[axis.key] = replace(dots.get(axis.key, DotSchedule()), update_at_load=True)
                 case "stream" if choice != "online":
@@ -78,7 +79,8 @@ class Space:
             case "grid_order":
                 return point.grid_order
             case "register":
-                return dict(point.dot).get(axis.key, DotSchedule()).register or None
+                chosen = dict(point.dot).get(axis.key, DotSchedule())
+                return DotSchedule(register=chosen.register, lane=chosen.lane) if chosen.register else None
             case "update":
                 return dict(point.dot).get(axis.key, DotSchedule()).update_at_load
             case _:
@@ -115,7 +117,7 @@ def schedule_space(plan: Plan, sizes: Mapping[str, int], target: Target) -> Spac
     for kernel in plan.kernels:
         roles = kernel_roles(plan.cascade, kernel, known)
         axes.extend(_tile_axes(base, kernel, roles, known))
-        axes.extend(_dot_axes(kernel, known))
+        axes.extend(_dot_axes(kernel, roles, known, target.limit("vector_width", 4)))
         if any(s.domain.predicates for s in kernel.stages):
             orders: tuple[GridOrder, ...] = ("heavy_first", "zigzag", "rising")
             axes.append(Axis("grid_order", kernel.name, orders))
@@ -145,9 +147,32 @@ def _tile_axes(base: Schedule, kernel: KernelPlan, roles: Roles, sizes: Mapping[
             yield Axis("tile", key, tuple(choices))
 
 
-def _dot_axes(kernel: KernelPlan, sizes: Mapping[str, int]) -> Iterator[Axis]:
-    """For each contraction the lane is left to the layout; a register choice is (broadcast elements, vectors)."""
+def _dot_axes(kernel: KernelPlan, roles: Roles, sizes: Mapping[str, int], lanes: int) -> Iterator[Axis]:
+    """Register tiles of each contraction, and for those that are corrected where the update enters."""
+    for name, ranks, corrected in _contractions(kernel):
+        wide = [r for r in ranks if r not in roles.units and sizes.get(r, 2) > 1]
+        if corrected:
+            yield Axis("update", f"{name}_new", (False, True))
+            name = f"{name}_new"
+        if len(wide) == 2:
+            first, last = wide
+            lane = last if corrected or last in roles.lanes else first
+            choices = tuple(_register_tile(first if lane == last else last, lane, sizes, lanes))
+            yield Axis("register", name, (None, *choices))
+
+
+def _contractions(kernel: KernelPlan) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """(tile, result ranks, whether it accumulates along the stream) of every contraction."""
     for stage in kernel.stages:
         for state in stage.states:
-            if state.op == "sum" and state.correction.terms and is_contraction(state.summand, state.ranks, state.over):
-                yield Axis("update", f"{state.name}_new", (False, True))
+            if state.op == "sum" and is_contraction(state.summand, state.ranks, state.over):
+                yield state.name, state.ranks, True
+    for s in kernel.statements:
+        if s.op == "sum" and is_contraction(s.expr, s.ranks, s.over):
+            yield s.out, s.ranks, False
+
+
+def _register_tile(row: str, lane: str, sizes: Mapping[str, int], lanes: int) -> Iterator[DotSchedule]:
+    for rows, vectors in REGISTER_TILES:
+        if lanes * vectors <= ceil_power(sizes.get(lane, lanes * vectors), lanes) and rows <= ceil_power(sizes.get(row, rows)):
+            yield DotSchedule(register=((row, rows), (lane, lanes * vectors)), lane=lane)
