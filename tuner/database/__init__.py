@@ -9,8 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sqlite_utils import Database as Tables
-
 from ...ir.errors import DatabaseError
 from . import queries, schema
 from .records import (
@@ -45,6 +43,8 @@ class Database:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
+        from sqlite_utils import Database as Tables
+
         self._tables = Tables(connection, execute_plugins=False, recursive_triggers=False)
         self._written: set[tuple[str, str]] = set()
 

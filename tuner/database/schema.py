@@ -16,12 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from sqlite_utils import Database as Tables
-from sqlite_utils import Migrations
-
 from ...ir.errors import DatabaseError
+
+if TYPE_CHECKING:  # a kernel call reads with plain sqlite3; only a writer pays for loading more
+    from sqlite_utils import Database as Tables
+    from sqlite_utils import Migrations
 
 APPLICATION_ID = 0x45494E46  # "EINF"
 SCHEMA_VERSION = 1
@@ -54,6 +56,8 @@ CREATE INDEX best_lookup ON best (family, extents, device, toolchain, preference
 
 def migrations() -> Migrations:
     """The ordered changes that bring a file to `SCHEMA_VERSION`. A released one is never edited; a new one is added below it."""
+    from sqlite_utils import Migrations
+
     steps = Migrations("einfall.tuner")
     steps(name="001_first_schema")(_first_schema)
     return steps
@@ -229,8 +233,9 @@ def _set_journal(connection: sqlite3.Connection) -> None:
 
 def _migrate(connection: sqlite3.Connection) -> None:
     """Pending migrations, inside the caller's transaction."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version == SCHEMA_VERSION:
+    if connection.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
         return
+    from sqlite_utils import Database as Tables
+
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     migrations().apply(Tables(connection, execute_plugins=False))
