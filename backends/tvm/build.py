@@ -25,22 +25,25 @@ def build(source: Source) -> Artifact:
     from tvm.script.parser.core.entry import parse
 
     cpu = cpu_of(source.target)
-    helpers, function = split(source)
+    constants, function = split(source)
     mcpu = cpu.mcpu or tvm.target.codegen.llvm_get_system_cpu()
     try:
-        parsed = parse(function, extra_vars={"T": tirx, "LL": helpers})
-        module = tvm.compile(parsed, target={"kind": "llvm", "mcpu": mcpu, "num-cores": source.target.threads})
+        parsed = parse(function, extra_vars={"T": tirx, **constants})
+        with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):  # it merges register tiles with other buffers
+            module = tvm.compile(parsed, target={"kind": "llvm", "mcpu": mcpu, "num-cores": source.target.threads})
     except Exception as error:  # TVM raises half a dozen unrelated classes; all of them mean that the source was refused
         raise BuildError(f"TVM refused the kernel: {error}", hint="this is a bug of the emitter; please report it with the source") from error
     return Artifact(source, module)
 
 
-def split(source: Source) -> tuple[str, str]:
-    """The imported helpers and the function's text of an emitted file."""
+def split(source: Source) -> tuple[dict[str, object], str]:
+    """The constants that an emitted file defines, and the text of its function."""
     head, mark, tail = source.text.partition("@T.prim_func")
-    tree = ast.parse(head)
-    helpers = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)), "")
-    return str(helpers), mark + tail
+    constants: dict[str, object] = {}
+    for node in ast.parse(head).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constants[node.targets[0].id] = ast.literal_eval(node.value)
+    return constants, mark + tail
 
 
 def save(artifact: Artifact, path: Path) -> None:

@@ -62,7 +62,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     for name in used:
         if f"{name}[" in text_of_body:
             buffer = next(b for b in buffers.values() if b.name == name)
-            task.append(Alloc(name, buffer.shape, buffer.dtype))
+            task.append(Alloc(name, buffer.shape, buffer.dtype, registers=False))
     task += body
     lines = _function(kernel, schedule, starts, task)
     ir = helpers_ir(cpu, tuple(sorted(evaluator.helpers)))
@@ -71,7 +71,8 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
 
 def _module(program: TileProgram, ir: str, lines: list[str]) -> str:
     head = f'"""Kernel {program.name}, emitted by einfall."""\n\nfrom tvm.script import tirx as T\n\n'
-    return f"{head}LL = r'''\n{ir}'''\n\n\n" + "\n".join(lines) + "\n"
+    stack = 'STACK = {"disable_lower_builtin": True}  # not from the heap: LLVM keeps these in registers'
+    return f"{head}LL = r'''\n{ir}'''\n\n{stack}\n\n\n" + "\n".join(lines) + "\n"
 
 
 def _fits(program: TileProgram, rank: str, tile: int) -> bool:

@@ -209,11 +209,12 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Alloc:
-    """A buffer of the innermost enclosing block."""
+    """A buffer of the innermost enclosing block; `registers` keeps it on the stack, where LLVM turns it into registers."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    registers: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +262,10 @@ def render(body: Sequence[Statement], depth: int = 0) -> list[str]:
                 lines.append(f"{pad}{variable}: T.let[T.{value.type_name}] = {value.text}")
             case Set(target, value):
                 lines.append(f"{pad}{target.text} = {value.text}")
-            case Alloc(variable, shape, dtype):
+            case Alloc(variable, shape, dtype, registers):
                 dims = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-                lines.append(f'{pad}{variable} = T.alloc_buffer(({dims}), "{dtype}", scope="global")')
+                place = "annotations=STACK" if registers else 'scope="global"'
+                lines.append(f'{pad}{variable} = T.alloc_buffer(({dims}), "{dtype}", {place})')
             case Evaluate(value):
                 lines.append(f"{pad}T.evaluate({value.text})")
             case For(variable, begin, end, kind, inner):

@@ -293,7 +293,7 @@ def _load(t: str, n: int, masked: bool) -> str:
             vector, f"llvm.masked.load.v{n}{_mangled(stored)}.p0", ("ptr", f"align {_size(t)} %p"), (f"<{n} x i1>", _mask(ir)), (vector, "zeroinitializer")
         )
     else:
-        value = ir.op(f"load <{n} x {stored}>, ptr %p, align {_size(t)}")
+        value = ir.op(f"load <{n} x {stored}>, ptr %p, align {_size(t)}, !invariant.load !0")
     if t in ("bf16", "f16"):
         value = _widen(ir, t, value)
     return ir.finish(result, value)
@@ -361,7 +361,7 @@ def _pack_bf16(n: int) -> str:
 
 def _load_pair() -> str:
     ir = Ir("i32 @load_pair(ptr %p)", 1)
-    return ir.finish("i32", ir.op("load i32, ptr %p, align 2"))
+    return ir.finish("i32", ir.op("load i32, ptr %p, align 2, !invariant.load !0"))
 
 
 NEEDS = {"sigmoid": ("exp",), "store_bf16": ("round_bf16",), "mstore_bf16": ("round_bf16",)}
@@ -419,4 +419,4 @@ def helpers_ir(cpu: Cpu, functions: tuple[str, ...]) -> str:
         lines = helper_ir(cpu, function).splitlines()
         declarations.update(dict.fromkeys(line for line in lines if line.startswith("declare")))
         definitions.append("\n".join(line for line in lines if not line.startswith("declare")))
-    return "\n".join([*declarations, *definitions]) + "\n"
+    return "\n".join([*declarations, *definitions, "!0 = !{}"]) + "\n"
