@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backends.registry import backend_for
+from ..configuration import current
 from ..ir.binding import bind_sizes, to_torch
-from ..ir.cascade import Axis, Cascade
+from ..ir.cascade import Axis, Cascade, expressions
 from ..ir.errors import BindingError, UnsupportedError
+from ..ir.expr import reads
 from ..ir.tile import TileProgram
 from ..ir.types import dtype as dtype_named
 from ..schedules.schedule import Schedule
@@ -173,6 +175,7 @@ class Executable:
         self._names = tuple(t.name for t in cascade.inputs)
         self._scalars = tuple(s.name for s in cascade.scalars)
         self._converters = tuple((s.name, converter(s.dtype)) for s in cascade.scalars)
+        self._gathers = any(True for s in cascade.body for e in expressions(s) for r in reads(e) for c in r.coords for _ in reads(c))
         self._memo: dict[tuple[object, ...], Bound] = {}
         self._functions: tuple[Function, ...] | None = None
         self._plan: Plan | None = None
@@ -198,6 +201,8 @@ class Executable:
         """Run the kernels on tensors whose signature was bound before."""
         if bound.differentiable:
             tensors = self._detached(tensors)
+        if self._gathers and current().debug:
+            self._check_indices(tensors, scalars)
         slots = [*tensors]
         for i, strides in bound.restrided:
             slots[i] = slots[i].as_strided(slots[i].shape, strides)
@@ -325,6 +330,12 @@ class Executable:
             )
         if tensor.is_neg():
             raise BindingError(f"{name} is a lazily negated view", cascade=self.cascade.name, hint=f"{name}.resolve_neg()")
+
+    def _check_indices(self, tensors: Sequence[torch.Tensor], scalars: Sequence[Any]) -> None:
+        """Under the debug setting: raise `BindingError` for a gathered index outside its tensor, as the reference does."""
+        from ..ir.reference import evaluate
+
+        evaluate(self.cascade, dict(zip(self._names, tensors, strict=True)), dict(zip(self._scalars, scalars, strict=True)))
 
     def _steps(self, sizes: Mapping[str, int], differentiable: bool) -> Bound:
         if self._functions is None:

@@ -386,6 +386,19 @@ def test_debug_prints_every_pass_and_the_programs(fresh, capsys):
     assert "-- cascade\ncascade normalized" in printed and printed.count("-- tile program") == 2
 
 
+@ef.kernel
+def picked(X: "i v", T: "s") -> "i s":
+    return X.at(v=T)
+
+
+def test_a_gathered_index_out_of_range_is_found_in_checked_mode(fresh):
+    x, table = torch.randn(3, 10), torch.tensor([0, 9, 4], dtype=torch.int32)
+    torch.testing.assert_close(picked(x, table), x[:, [0, 9, 4]], rtol=0, atol=0)
+    table[1] = 10
+    with ef.configure(debug=True), pytest.raises(ef.BindingError, match="gathered index 10 from T is outside rank v of X"):
+        picked(x, table)
+
+
 def test_the_store_and_the_cache_agree_on_the_settings(fresh):
     assert DiskCache(current().cache).usage() == (0, 0)
     again(rows).compile(torch.randn(5, 40))
