@@ -185,6 +185,8 @@ class Kernel:
             value = given.get(name, default)
             if value is _REQUIRED:
                 raise BindingError(f"the static argument {name} is not given", cascade=self.name, hint=f"{name}=... by name")
+            if not isinstance(value, (int, str)):
+                raise BindingError(f"the static argument {name} is {value!r}", cascade=self.name, hint="a whole number, a bool or a text")
             chosen[name] = value
         if unknown := sorted(set(given) - set(chosen)):
             known = ", ".join(chosen) or "(none)"
