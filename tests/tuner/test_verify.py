@@ -9,7 +9,8 @@ import torch
 from einfall.ir.reference import evaluate
 from einfall.ir.text import parse_cascade
 from einfall.tuner.inputs import DISTRIBUTIONS, integer_ranges, make_inputs
-from einfall.tuner.verify import MAX_ELEMENTS, MAX_OPERATIONS, Oracle, Rejected, reference_cost, shapes_for, verify
+from einfall.tuner.shapes import MAX_ELEMENTS, MAX_OPERATIONS, reference_cost, shapes_for
+from einfall.tuner.verify import Oracle, Rejected, verify
 
 VARIANCE = """\
 cascade variance(X[m,p]: f32) -> V[m]
@@ -91,7 +92,7 @@ cascade scores(X[m,e]: f32, W[e]: f32, scale: f32) -> Y[m]
         return torch.exp((s - s.max()) * 0.05)
 
     asked = Oracle(parse_cascade(text), {"m": 64, "e": 500}, {"scale": 0.05}, seed=0)
-    assert verify(Python(in_order), asked).tolerance < 0.01
+    assert verify(Python(in_order), asked).tolerance < 0.05
     with pytest.raises(Rejected):
         verify(Python(lambda x, w: in_order(x[:, 1:], w[1:])), asked)
 
@@ -208,6 +209,23 @@ cascade blocks(X[m,(n j)]: f32) -> Y[m,n]
     evidence = verify(candidate, oracle(text, m=10, n=20))
     assert all(dict(s)["j"] == 8 for s in evidence.shapes)
     assert len(evidence.shapes) == 4
+
+
+def test_a_result_that_is_zero_at_a_degenerate_shape_may_be_off_by_a_rounding():
+    """The logarithm of a sum of one exponential, less its argument, is exactly zero; a kernel in base two is not."""
+    text = """\
+cascade loss(X[m,p]: f32) -> Y[m]
+  M[m] = max(p) X[m,p]
+  D[m] = sum(p) exp(X[m,p] - M[m])
+  Y[m] = log(D[m]) + M[m] - X[m,0]
+"""
+
+    def base_two(x, wrong=0.0):
+        y = x * 1.4426950408889634
+        return (torch.log2(torch.exp2(y - y.amax(1, keepdim=True)).sum(1)) + y.amax(1)) * 0.6931471805599453 - x[:, 0] + wrong
+
+    verify(Python(base_two), oracle(text, m=20, p=30))
+    rejection(text, lambda x: base_two(x, wrong=1e-4 * (x.shape[1] == 1)), m=20, p=30)
 
 
 def test_nothing_to_compare_is_no_evidence():

@@ -188,8 +188,8 @@ class Evidence:
     """Why a candidate is taken to be right.
 
     Args:
-        tolerance: the largest error allowed, relative to the largest magnitude of the result it was found in.
-        largest_error: the largest error found, measured the same way.
+        largest_error: the error that came nearest to what is allowed, relative to the largest magnitude of its output.
+        tolerance: what is allowed there, measured the same way.
     """
 
     seeds: tuple[int, ...]
