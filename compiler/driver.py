@@ -19,7 +19,7 @@ from ..backends.base import Source
 from ..backends.registry import backend_for
 from ..configuration import current
 from ..ir.cascade import Cascade
-from ..ir.errors import EinfallError, ScheduleError
+from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedError
 from ..ir.plan import Plan
 from ..ir.tile import TileProgram
 from ..schedules.schedule import Schedule
@@ -80,7 +80,7 @@ def compile_cascade(
     Args:
         sizes: the extent of every rank at the call. The kernels serve other extents as well, except those they are specialised to.
         schedule: None asks `database`, and takes the default where that knows nothing.
-        fall_back: whether a given schedule is only a suggestion: one that is not legal here is replaced by the default.
+        fall_back: whether a given schedule is only a suggestion: one that cannot be built here is replaced by the default.
         strided: inputs whose last axis need not be contiguous.
         cache: the disk cache or its folder; that of the settings if None.
 
@@ -93,10 +93,10 @@ def compile_cascade(
         schedule, fall_back = database(cascade, sizes, machine), True
     try:
         return _compile(order, schedule, store)
-    except ScheduleError as error:
+    except (ScheduleError, UnsupportedError, BuildError) as error:
         if schedule is None or not fall_back:
             raise
-        _say(f"the schedule {schedule.hash} is not legal here, the default is taken", error)
+        _say(f"the schedule {schedule.hash} cannot be built here, the default is taken", error)
         return _compile(order, None, store)
 
 
