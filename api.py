@@ -270,16 +270,18 @@ class Kernel:
                 self._targets[key] = _with_threads(load_target(target), current().threads)
             return self._targets[key]
 
-    def _executable(self, asked: Asked, target: Target, schedule: Schedule | None) -> Executable:
-        """The executable for these extents and layouts: one built before if it serves them, else a new one."""
+    def _executable(self, asked: Asked, target: Target, schedule: Schedule | None, *, look_up: bool = True) -> Executable:
+        """The executable for these extents and layouts: one built before if it serves them, else a new one.
+
+        Without a schedule the database is asked, unless `look_up` is False; the default is taken where that knows nothing.
+        """
         from .compiler.driver import compile_cascade
         from .tuner.database.records import bucket_text, extents_of
 
         cascade, sizes = asked.cascade, asked.sizes
-        if schedule is None:
-            schedule, given = _known_schedule(cascade, sizes, target), False
-        else:
-            given = True
+        given = schedule is not None
+        if schedule is None and look_up:
+            schedule = _known_schedule(cascade, sizes, target)
         key = (cascade, target.hash, None if schedule is None else schedule.hash, bucket_text(extents_of(cascade, sizes)), current().cache)
         with self._lock:
             built = self._executables.setdefault(key, [])
@@ -450,13 +452,12 @@ class Kernel:
             peers: names and functions of the input tensors, in order.
         """
         from .compiler.cost import roofline
-        from .schedules.default import default_schedule
         from .tuner.compare import compare
 
         asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
         cascade, sizes, machine = asked.cascade, asked.sizes, self._target(target)
         best = self._executable(Asked(cascade, sizes), machine, None)
-        default = self._executable(Asked(cascade, sizes), machine, default_schedule(best.plan, sizes, machine))
+        default = self._executable(Asked(cascade, sizes), machine, None, look_up=False)
         tuned = best.schedule != default.schedule
         return compare(
             cascade,
