@@ -1,8 +1,8 @@
 """Layouts, lanes and register tiles of a tile program on a CPU: what a schedule leaves open is chosen, what it says is checked.
 
-    lanes      accumulated dots: the innermost rank of the result; other dots: the cheapest rank
-    layouts    other ranks, the contracted rank next to the lane, the lane last
-    registers  rows x vectors such that accumulators, one column of vectors and a broadcast fit the register file
+lanes      accumulated dots: the innermost rank of the result; other dots: the cheapest rank
+layouts    other ranks, the contracted rank next to the lane, the lane last
+registers  rows x vectors such that accumulators, one column of vectors and a broadcast fit the register file
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..ir.errors import ScheduleError
 from ..ir.expr import Const, Expr, Index, Op, Read, Tile, reads, walk
 from ..ir.infer import expression_ranks
-from ..ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Store, TileProgram, kernel_tiles
+from ..ir.tile import Dot, Loop, Map, Node, Reduce, Store, TileProgram, kernel_tiles
 from .schedule import DotSchedule, Schedule
 from .target import Target
 
@@ -236,6 +236,13 @@ def _vectors(shape: Shape, dot: Dot, lane: str) -> int:
     """Vectors of a register tile along the lane; they divide those of the tile."""
     count = -(-shape.size(lane) // shape.lanes)
     most = 4 if shape.registers >= 32 else 2
+    rows = math.prod(shape.size(r) for r in dot.ranks if r != lane)
+    if (
+        rows <= 8
+        and shape.registers >= 32
+        and any(isinstance(e, Read) and lane in expression_ranks(e, shape.tiles) for e in (dot.a, dot.b))
+    ):
+        return max(v for v in range(1, 9) if count % v == 0)  # memory-bound: whole rows of the operand, one after the other
     streamed = {n.rank for n, _ in nodes_of(shape.program.body) if isinstance(n, Loop)}
     if not any(r in streamed for r in dot.over):
         most = min(most, 2)
@@ -358,8 +365,3 @@ def _check_dot(shape: Shape, dot: Dot, chosen: DotSchedule) -> None:
             f"{entry}.register needs {needed} vector registers ({rows} rows x {vectors} vectors), the processor has {shape.registers}",
             hint="fewer rows or vectors",
         )
-
-
-def state_tiles(states: tuple[LoopState, ...]) -> tuple[str, ...]:
-    """The names of a loop's states."""
-    return tuple(s.name for s in states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...ir.expr import Tile
+from ...ir.expr import Expr, Tile, walk
 from ...ir.tile import Dot, Map
 from .prepare import Assign, Step, Stream, all_steps, expressions_of, tiles_read, tiles_written
 
@@ -16,42 +16,39 @@ def alias_tiles(steps: tuple[Step, ...], same_place: Mapping[str, object]) -> tu
     value is still read: `prepare` places the assignment after the last reader.
     """
     aliases: dict[str, str] = {}
-    return _states(steps, same_place, aliases, steps), _maps(steps, same_place, aliases)
+    return _states(steps, same_place, aliases), _maps(steps, same_place, aliases)
 
 
-def _states(steps: tuple[Step, ...], place: Mapping[str, object], aliases: dict[str, str], whole: tuple[Step, ...]) -> tuple[Step, ...]:
+def _states(steps: tuple[Step, ...], place: Mapping[str, object], aliases: dict[str, str]) -> tuple[Step, ...]:
     """Dots and maps whose only purpose is a state's next value compute it in place."""
     result: list[Step] = []
     for step in steps:
         if isinstance(step, Stream):
-            result.append(Stream(step.loop, _states(step.body, place, aliases, whole)))
+            result.append(Stream(step.loop, _states(step.body, place, aliases)))
             continue
         if isinstance(step, Assign) and isinstance(step.expr, Tile):
             source = step.expr.name
             maker = next((s for s in result if source in tiles_written(s)), None)
-            if maker is not None and _in_place(maker, step, result, steps, place) and source not in aliases:
+            if maker is not None and _in_place(maker, step, result, place) and source not in aliases:
                 aliases[source] = step.dst
                 continue
         result.append(step)
     return tuple(result)
 
 
-def _in_place(maker: Step, assign: Assign, before: list[Step], level: tuple[Step, ...], place: Mapping[str, object]) -> bool:
+def _in_place(maker: Step, assign: Assign, before: list[Step], place: Mapping[str, object]) -> bool:
     if not isinstance(maker, Dot) or place[maker.dst] != place[assign.dst]:
         return False
     operands = {n.name for e in (maker.a, maker.b) for n in _tiles(e)}
-    if assign.dst in operands or maker.post is not None and any(n.name == assign.dst for n in _tiles(maker.post)):
+    if assign.dst in operands or (maker.post is not None and any(n.name == assign.dst for n in _tiles(maker.post))):
         return False
     at = next(i for i, s in enumerate(before) if s is maker)
     later = before[at + 1 :]
-    del level
     return not any(assign.dst in tiles_read(s) | tiles_written(s) for s in later)
 
 
-def _tiles(e: object) -> list[Tile]:
-    from ...ir.expr import walk
-
-    return [n for n in walk(e) if isinstance(n, Tile)]  # type: ignore[arg-type]
+def _tiles(e: Expr) -> list[Tile]:
+    return [n for n in walk(e) if isinstance(n, Tile)]
 
 
 def _maps(steps: tuple[Step, ...], place: Mapping[str, object], aliases: dict[str, str]) -> dict[str, str]:

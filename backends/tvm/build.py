@@ -32,7 +32,9 @@ def build(source: Source) -> Artifact:
         with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):  # it merges register tiles with other buffers
             module = tvm.compile(parsed, target={"kind": "llvm", "mcpu": mcpu, "num-cores": source.target.threads})
     except Exception as error:  # TVM raises half a dozen unrelated classes; all of them mean that the source was refused
-        raise BuildError(f"TVM refused the kernel: {error}", hint="this is a bug of the emitter; please report it with the source") from error
+        raise BuildError(
+            f"TVM refused the kernel: {error}", hint="this is a bug of the emitter; please report it with the source"
+        ) from error
     return Artifact(source, module)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from ...ir.expr import Expr, Read, Tile
 from ...ir.infer import expression_ranks
@@ -12,6 +14,7 @@ from . import script as ts
 from .evaluate import Active, Point
 from .kernel import Kernel, Nest
 from .script import Alloc, Comment, For, Set, Statement, Value
+from .stores import write_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +56,67 @@ def emit_dot(kernel: Kernel, dot: Dot, loops: tuple[Active, ...], out: list[Stat
     kernel.evaluator.statement = dot.dst
     out.append(Comment(kernel.text(dot)))
     tile = register_tile(kernel, dot)
+    blocks = _k_blocks(kernel, dot, tile, loops)
+    if blocks is None:
+        at_load = kernel.dots[dot.dst].update_at_load and not tile.horizontal
+        _block(kernel, dot, tile, _Depth(None, first=True, last=True, at_load=at_load), loops, out)
+        return
+    rank, depth, count = blocks
+    for number in range(count):  # partial sums wait in the tile; the update enters with the first, where its operand may lie as well
+        part = KBlock(rank, number * depth, depth)
+        _block(kernel, dot, tile, _Depth(part, first=number == 0, last=number == count - 1, at_load=True), loops, out)
+
+
+@dataclass(frozen=True, slots=True)
+class KBlock:
+    """A part of the contracted rank."""
+
+    rank: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Depth:
+    """Which part of the contraction a block computes, and when the update enters."""
+
+    part: KBlock | None
+    first: bool
+    last: bool
+    at_load: bool
+
+
+def _k_blocks(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tuple[Active, ...]) -> tuple[str, int, int] | None:
+    """The rank, size and number of blocks where the schedule splits the contraction; only a known depth that it divides is split."""
+    depth = kernel.dots[dot.dst].k_block
+    rank = dot.over[-1]
+    size = kernel.size(rank, loops)
+    if depth is None or tile.horizontal or size <= depth or size % depth or depth % 2 or any(a.loop.rank == rank for a in loops):
+        return None
+    return rank, depth, size // depth
+
+
+def _block(kernel: Kernel, dot: Dot, tile: RegisterTile, depth: _Depth, loops: tuple[Active, ...], out: list[Statement]) -> None:
+    """One sweep over the register tiles of the result."""
     nest = _blocks(kernel, dot, tile, loops, out)
     acc = kernel.names.fresh("acc")
     nest.body.append(Alloc(acc, tile.shape, tile.dtype))
-    at_load = kernel.dots[dot.dst].update_at_load and dot.update is not None and not tile.horizontal
-    _each(kernel, tile, nest.point, nest.body, lambda at, target, body: body.append(Set(target, _first(kernel, dot, tile, at, at_load, body))), acc)
-    _contract(kernel, dot, tile, nest, acc)
-    update = None if at_load else dot.update
+
+    def load(at: Point, target: Value, body: list[Statement]) -> None:
+        body.append(Set(target, _first(kernel, dot, tile, at, depth, body)))
+
+    def store(at: Point, target: Value, body: list[Statement]) -> None:
+        if depth.last:
+            _write_back(kernel, dot, at, target, None if depth.at_load else dot.update, body)
+        else:
+            write_tile(kernel, dot.dst, at, target, body)
+
+    _each(kernel, tile, nest.point, nest.body, load, acc)
+    _contract(kernel, dot, tile, nest, acc, depth.part)
     if tile.horizontal:
-        _write_horizontal(kernel, dot, tile, nest.point, nest.body, acc, update)
+        _write_horizontal(kernel, dot, tile, nest.point, nest.body, acc, dot.update)
     else:
-        _each(kernel, tile, nest.point, nest.body, lambda at, target, body: _write_back(kernel, dot, at, target, update, body), acc)
+        _each(kernel, tile, nest.point, nest.body, store, acc)
 
 
 def _blocks(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tuple[Active, ...], out: list[Statement]) -> Nest:
@@ -94,7 +147,10 @@ def _rows(kernel: Kernel, tile: RegisterTile, at: Point, out: list[Statement]) -
     return at, index, out
 
 
-def _each(kernel: Kernel, tile: RegisterTile, at: Point, out: list[Statement], visit: object, acc: str) -> None:
+Visit: TypeAlias = Callable[[Point, Value, list[Statement]], None]
+
+
+def _each(kernel: Kernel, tile: RegisterTile, at: Point, out: list[Statement], visit: Visit, acc: str) -> None:
     """Calls `visit(point, accumulator, body)` inside unrolled loops over the register tile."""
     at, index, out = _rows(kernel, tile, at, out)
     if tile.vectors > 1:
@@ -108,19 +164,20 @@ def _each(kernel: Kernel, tile: RegisterTile, at: Point, out: list[Statement], v
     else:
         last = ts.integer(0)
     text = ", ".join(i.text for i in (*index, ts.ramp(last, tile.lanes)))
-    visit(at, Value(f"{acc}[{text}]", tile.dtype, tile.lanes), out)  # type: ignore[operator]
+    visit(at, Value(f"{acc}[{text}]", tile.dtype, tile.lanes), out)
 
 
-def _first(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, at_load: bool, out: list[Statement]) -> Value:
-    zero = ts.broadcast(ts.constant(0, tile.dtype), tile.lanes) if tile.lanes > 1 else ts.constant(0, tile.dtype)
-    if not at_load:
-        return zero
-    assert dot.update is not None
-    v = kernel.evaluator.cast(kernel.evaluator.value(dot.update, at, out), tile.dtype)
+def _first(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, depth: _Depth, out: list[Statement]) -> Value:
+    """What an accumulator starts from: nothing, the update, or the partial sum of the block before."""
+    v = ts.constant(0, tile.dtype)
+    if not depth.first:
+        v = kernel.buffers[dot.dst].at(at.local, at.lane, at.lanes)
+    elif depth.at_load and dot.update is not None:
+        v = kernel.evaluator.cast(kernel.evaluator.value(dot.update, at, out), tile.dtype)
     return ts.broadcast(v, tile.lanes) if tile.lanes > 1 else v
 
 
-def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str) -> None:
+def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str, part: KBlock | None) -> None:
     """The loops over the contracted ranks around the multiply-adds."""
     paired = kernel.pairs.get(dot.dst)
     loops = nest.point.loops
@@ -129,6 +186,9 @@ def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str
         if rank == tile.lane:
             continue
         count = kernel.trip(rank, loops)
+        if part is not None and part.rank == rank:
+            count = ts.integer(part.size)
+            inner.point = replace(inner.point, local={**inner.point.local, rank: ts.integer(part.start)})
         if rank == paired:
             inner.loop(kernel.names, rank, ts.ceil_div(count, 2), step=2, prefix="k")
         else:
@@ -163,7 +223,14 @@ def _operand(kernel: Kernel, e: Expr, tile: RegisterTile, at: Point, out: list[S
     tests = []
     size = kernel.size(lane, at.loops)
     if size % tile.lanes:
-        tests.append(Value(f"{ts.ramp(at.local[lane], tile.lanes).text} < {ts.broadcast(ts.integer(size), tile.lanes).text}", "bool", tile.lanes, binding=ts.OTHER))
+        tests.append(
+            Value(
+                f"{ts.ramp(at.local[lane], tile.lanes).text} < {ts.broadcast(ts.integer(size), tile.lanes).text}",
+                "bool",
+                tile.lanes,
+                binding=ts.OTHER,
+            )
+        )
     active = next((a for a in at.loops if a.loop.rank == lane), None)
     if active is not None and active.edge:
         index = ts.ramp(ts.narrow(kernel.evaluator.index(lane, at)), tile.lanes)
@@ -194,13 +261,17 @@ def _write_back(kernel: Kernel, dot: Dot, at: Point, total: Value, update: Expr 
     if dot.post is not None:
         v = evaluator.value(dot.post, at.with_values(**{dot.dst: v}), out)
     v = evaluator.cast(v, "float64" if dot.dtype == f64 else "float32")
-    from .groups import write_tile
-
     write_tile(kernel, dot.dst, at, v, out)
 
 
 def _write_horizontal(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, out: list[Statement], acc: str, update: Expr | None) -> None:
-    """The sum of every accumulator's lanes into the tile."""
+    """The sum of every accumulator's lanes into the tile, four neighbours at once where the tile has them adjacent."""
+    rank = kernel.buffers[dot.dst].lane
+    inner = next((r for r, n in reversed(tile.rows) if n > 1), None)
+    four = rank is not None and rank == inner and dict(tile.rows)[rank] % 4 == 0 and tile.lanes >= 4 and tile.dtype == "float32"
+    if four and kernel.buffers[dot.dst].contiguous(str(rank), 4):
+        _write_fours(kernel, dot, tile, at, out, acc, update, str(rank))
+        return
     function = f"hsum_{tile.dtype}_v{tile.lanes}"
     kernel.evaluator.helpers.add(function)
 
@@ -209,6 +280,31 @@ def _write_horizontal(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, o
         _write_back(kernel, dot, replace(point, lane=None, lanes=1), kernel.evaluator.bind(total, dot.dst, body), update, body)
 
     _each(kernel, tile, at, out, write, acc)
+
+
+def _write_fours(
+    kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, out: list[Statement], acc: str, update: Expr | None, rank: str
+) -> None:
+    function = f"hsum4_float32_v{tile.lanes}"
+    kernel.evaluator.helpers.add(function)
+    outer = replace(tile, rows=tuple((r, n // 4 if r == rank else n) for r, n in tile.rows))
+    rows = [(r, n) for r, n in outer.rows if r != rank]
+    at, index, body = _rows(kernel, replace(outer, rows=tuple(rows)), at, out)
+    c = ts.integer(0)
+    if dict(outer.rows)[rank] > 1:
+        c = ts.name(kernel.names.fresh("c", rank))
+        inner: list[Statement] = []
+        body.append(For(c.text, ts.integer(0), ts.integer(dict(outer.rows)[rank]), "T.unroll", inner))
+        body = inner
+    first = ts.mul(c, ts.integer(4))
+    lanes = ts.ramp(ts.integer(0), tile.lanes).text
+    parts = []
+    for k in range(4):
+        text = ", ".join(i.text for i in (*index, ts.add(first, ts.integer(k))))
+        parts.append(Value(f"{acc}[{text}, {lanes}]", "float32", tile.lanes))
+    total = Value(ts.extern(function, *parts, dtype="float32", lanes=4).text, "float32", 4)
+    point = replace(at, local={**at.local, rank: ts.add(at.local[rank], first)}, lane=rank, lanes=4, exact=at.exact - {rank})
+    _write_back(kernel, dot, point, kernel.evaluator.bind(total, dot.dst, body), update, body)
 
 
 def covered_by_dot(kernel: Kernel, dot: Dot, rank: str) -> int:

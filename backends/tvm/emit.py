@@ -23,7 +23,7 @@ from .kernel import Kernel
 from .memory import Memory
 from .pack import pack_operands
 from .partition import Group, partition
-from .prepare import Step, Stream, all_steps, expressions_of, program_steps, tile_table, tiles_read
+from .prepare import Step, Stream, all_steps, expressions_of, tile_table, tiles_read, to_steps
 from .script import Alloc, Comment, For, Let, Names, Statement, Value, render
 from .tiles import TileBuffer, tile_buffer
 from .vector_math import helpers_ir
@@ -40,19 +40,39 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     schedule = complete(program, schedule, target)
     names = Names()
     memory = Memory(program, names, strided)
-    packed = pack_operands(program_steps(program), program, schedule, cpu, strided)
+    packed = pack_operands(to_steps(program.body), program, schedule, cpu, strided)
     steps = packed.steps
     table = tile_table(steps)
     padded = padded_sizes(program, schedule, cpu.lanes)
     buffers, kept, aliases = _buffers(steps, table, packed.layouts, padded, names)
-    places = _places(program, padded, names)
+    places = _places(program, padded)
     starts = {axis.rank: Value(names.fresh("i", axis.rank), "int64") for axis in program.grid}
     ranks = {name: entry[0] for name, entry in table.items()}
     types: dict[str, DType] = {name: entry[1] for name, entry in table.items()}
-    places = {**places, **{axis.rank: RankPlace(Value(names.fresh("s", axis.rank), "int64"), axis.tile, padded[axis.rank], _fits(program, axis.rank, axis.tile)) for axis in program.grid if axis.tile > 1}}
+    places = {
+        **places,
+        **{
+            axis.rank: RankPlace(
+                Value(names.fresh("s", axis.rank), "int64"), axis.tile, padded[axis.rank], _fits(program, axis.rank, axis.tile)
+            )
+            for axis in program.grid
+            if axis.tile > 1
+        },
+    }
     evaluator = Evaluator(cpu, names, memory, buffers, types, ranks, places, starts)
     kernel = Kernel(
-        program, cpu, names, memory, evaluator, buffers, ranks, places, dict(schedule.dot), dict(schedule.group), packed.pairs, _readers(kept, aliases)
+        program,
+        cpu,
+        names,
+        memory,
+        evaluator,
+        buffers,
+        ranks,
+        places,
+        dict(schedule.dot),
+        dict(schedule.group),
+        packed.pairs,
+        _readers(kept, aliases),
     )
     task: list[Statement] = []
     used = dict.fromkeys(b.name for b in buffers.values())
@@ -80,7 +100,7 @@ def _fits(program: TileProgram, rank: str, tile: int) -> bool:
     return size is not None and size % tile == 0
 
 
-def _places(program: TileProgram, padded: Mapping[str, int], names: Names) -> dict[str, RankPlace]:
+def _places(program: TileProgram, padded: Mapping[str, int]) -> dict[str, RankPlace]:
     """Resident ranks and the streamed ranks of all loops; of a loop's rank the start is the loop's business."""
     places = {}
     for rank in program.resident:
@@ -89,7 +109,6 @@ def _places(program: TileProgram, padded: Mapping[str, int], names: Names) -> di
     for loop in loops_of(program.body):
         largest = max(l.tile for l in loops_of(program.body) if l.rank == loop.rank)
         places.setdefault(loop.rank, RankPlace(ts.integer(0), largest, padded[loop.rank], False))
-    del names
     return places
 
 
@@ -103,7 +122,11 @@ def loops_of(nodes: tuple[object, ...]) -> list[Loop]:
 
 
 def _buffers(
-    steps: tuple[Step, ...], table: Mapping[str, tuple[tuple[str, ...], DType]], layouts: Mapping[str, tuple[str, ...]], padded: Mapping[str, int], names: Names
+    steps: tuple[Step, ...],
+    table: Mapping[str, tuple[tuple[str, ...], DType]],
+    layouts: Mapping[str, tuple[str, ...]],
+    padded: Mapping[str, int],
+    names: Names,
 ) -> tuple[dict[str, TileBuffer], tuple[Step, ...], dict[str, str]]:
     """The memory of every tile, after aliasing."""
     own = {}
@@ -118,8 +141,6 @@ def _readers(steps: tuple[Step, ...], aliases: Mapping[str, str]) -> dict[str, f
     found: dict[str, set[int]] = {}
     for step in all_steps(steps):
         if isinstance(step, Stream):
-            for e in step.loop.conditions:
-                del e
             continue
         for tile in tiles_read(step):
             found.setdefault(tile, set()).add(id(step))
@@ -252,9 +273,7 @@ def _named(kernel: Kernel, v: Value, wanted: str, out: list[Statement]) -> Value
 
 
 def _depends_on_start(program: TileProgram, rank: str) -> bool:
-    return any(
-        rank in _starts(b) for loop in loops_of(program.body) for b in (loop.bounds.begin, loop.bounds.end)
-    )
+    return any(rank in _starts(b) for loop in loops_of(program.body) for b in (loop.bounds.begin, loop.bounds.end))
 
 
 def _starts(e: Expr) -> set[str]:

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ...ir.errors import UnsupportedError
 from ...ir.expr import (
-    Bitcast, Cast, Const, Count, Expr, Extent, Index, Masked, Op, Read, Scalar, Seen, Start, Tile, walk,
+    Bitcast,
+    Cast,
+    Const,
+    Count,
+    Expr,
+    Extent,
+    Index,
+    Masked,
+    Op,
+    Read,
+    Scalar,
+    Seen,
+    Start,
+    Tile,
+    walk,
 )  # fmt: skip
-from ...ir.infer import expression_ranks
+from ...ir.infer import expression_ranks, expression_type
 from ...ir.tile import Loop
 from ...ir.types import DType
 from . import script as ts
+from .arithmetic import Arithmetic, compute_type
 from .cpu import Cpu
 from .memory import Array, Memory
-from .script import Alloc, For, Let, Names, Set, Statement, Value
+from .script import Alloc, For, Names, Set, Statement, Value
 from .tiles import TileBuffer
 
-ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
-COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-IMPORTED = ("exp", "exp2", "log", "log2", "tanh", "sigmoid")
-LIBRARY = ("erf", "log1p", "sin", "cos")
-ROUNDING = {"floor": "floor", "ceil": "ceil", "round": "nearbyint", "trunc": "trunc"}
-BITS = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "shl": "shift_left", "shr": "shift_right"}
 INDEX_OPERATIONS = {
     "add": ts.add, "sub": ts.sub, "mul": ts.mul, "floordiv": ts.floor_div, "mod": ts.floor_mod, "minimum": ts.smaller, "maximum": ts.larger,
 }  # fmt: skip
-RANK_OF_KIND = {"bool": 0, "uint8": 1, "int8": 1, "int16": 2, "int32": 3, "int64": 4, "float32": 5, "float64": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +94,8 @@ class RankPlace:
     fits: bool
 
 
-def compute_type(t: DType) -> str:
-    """The type in which values of `t` are computed: narrow floats in f32."""
-    if t.is_float:
-        return "float64" if t.bits == 64 else "float32"
-    if t.kind == "bool":
-        return "bool"
-    return "uint8" if t.name == "u8" else f"int{max(t.bits, 8)}"
-
-
-class Evaluator:
-    """Turns expressions into values for one kernel; remembers the helpers it used."""
+class Evaluator(Arithmetic):
+    """Turns expressions into values for one kernel."""
 
     def __init__(
         self,
@@ -110,16 +108,13 @@ class Evaluator:
         places: Mapping[str, RankPlace],
         starts: Mapping[str, Value],
     ) -> None:
-        self.cpu = cpu
-        self.names = names
+        super().__init__(cpu, names)
         self.memory = memory
         self.tiles = tiles
         self.tile_types = tile_types
         self.tile_ranks = tile_ranks
         self.places = places
         self.starts = starts
-        self.helpers: set[str] = set()
-        self.statement = ""
 
     # -- ranks ------------------------------------------------------------------------------------------------------------------
 
@@ -168,56 +163,14 @@ class Evaluator:
     def uses_lane(self, e: Expr, at: Point) -> bool:
         return at.lanes > 1 and at.lane in expression_ranks(e, self.tile_ranks)
 
-    # -- values -----------------------------------------------------------------------------------------------------------------
-
-    def helper(self, stem: str, *args: Value, dtype: str) -> Value:
-        """A call of the imported helper, of the width of its widest argument."""
-        lanes = max(a.lanes for a in args)
-        function = f"{stem}_v{lanes}" if lanes > 1 else f"{stem}_s"
-        self.helpers.add(function)
-        wide = [ts.broadcast(a, lanes) if lanes > 1 else a for a in args]
-        return ts.extern(function, *wide, dtype=dtype, lanes=lanes)
-
-    def cast(self, v: Value, dtype: str) -> Value:
-        """`v` converted to a compute type, as torch does."""
-        if v.dtype == dtype:
-            return replace(v, weak=False)
-        if v.number is not None:
-            number = v.number
-            if dtype not in ts.FLOATS and dtype != "bool" and isinstance(number, float) and not math.isfinite(number):
-                number = 0
-            return ts.constant(number, dtype)
-        type_name = Value("", dtype, v.lanes).type_name
-        if dtype == "bool":
-            zero = ts.broadcast(ts.constant(0, v.dtype), v.lanes)
-            return Value(f"{v.text} != {zero.text}", "bool", v.lanes, binding=ts.OTHER)
-        if v.dtype == "bool":
-            one, zero = (ts.broadcast(ts.constant(x, dtype), v.lanes) for x in (1, 0))
-            return Value(f"T.Select({v.text}, {one.text}, {zero.text})", dtype, v.lanes)
-        return Value(f'T.Cast("{type_name}", {v.text})', dtype, v.lanes)
-
-    def unify(self, *values: Value) -> list[Value]:
-        """Operands brought to one type and width."""
-        strong = [v for v in values if not v.weak] or list(values)
-        dtype = max((v.dtype for v in strong), key=lambda d: RANK_OF_KIND[d])
-        signs = {v.dtype for v in strong}
-        if dtype in ("int8", "uint8") and {"int8", "uint8"} <= signs:
-            dtype = "int16"
-        for v in values:
-            if v.weak and (v.dtype in ts.FLOATS) and dtype not in ts.FLOATS:
-                dtype = "float32"
-            elif v.weak and dtype == "bool" and v.dtype != "bool":
-                dtype = "int32" if v.dtype == "int64" else v.dtype
-        lanes = max(v.lanes for v in values)
-        return [ts.broadcast(self.cast(v, dtype), lanes) if lanes > 1 else self.cast(v, dtype) for v in values]
-
     def value(self, e: Expr, at: Point, out: list[Statement]) -> Value:
         """`e` at the point: a vector if it varies along the lane, else a scalar. May add statements to `out`."""
         match e:
-            case Const(value=v):
-                if isinstance(v, bool):
-                    return ts.constant(v, "bool", weak=True)
-                return ts.constant(v, "int32" if isinstance(v, int) and abs(v) < 1 << 31 else "int64" if isinstance(v, int) else "float32", weak=True)
+            case Const(value=number):
+                if isinstance(number, bool):
+                    return ts.constant(number, "bool", weak=True)
+                whole = "int32" if abs(number) < 1 << 31 else "int64"
+                return ts.constant(number, whole if isinstance(number, int) else "float32", weak=True)
             case Scalar(name=scalar):
                 return replace(self.memory.scalars[scalar], weak=True)
             case Extent(rank=rank):
@@ -242,7 +195,7 @@ class Evaluator:
             case Bitcast(x=x, dtype=dtype):
                 return self._bits(x, dtype, at, out)
             case Op(name=name, args=args):
-                return self._op(name, [self.value(a, at, out) for a in args], args, out)
+                return self.operation(name, [self.value(a, at, out) for a in args])
         raise AssertionError(f"not an expression: {e!r}")
 
     def _start(self, rank: str, at: Point) -> Value:
@@ -322,33 +275,10 @@ class Evaluator:
             rank = active.loop.rank
             if not active.edge:
                 continue
-            if rank in at.local and not (rank in at.exact):
+            if rank in at.local and rank not in at.exact:
                 tests.append(self.compare("<", self.value(Index(rank), at, out), ts.narrow(self.memory.extent(rank))))
             tests += [self.value(c, at, out) for c in active.loop.conditions]
         return self.all_of(tests)
-
-    def all_of(self, tests: list[Value]) -> Value | None:
-        """The conjunction."""
-        result: Value | None = None
-        for test in tests:
-            if result is None:
-                result = test
-                continue
-            a, b = self.unify(result, test)
-            result = Value(f"T.And({a.text}, {b.text})", "bool", a.lanes)
-        return result
-
-    def compare(self, symbol: str, a: Value, b: Value) -> Value:
-        """A comparison as a bool."""
-        x, y = self.unify(a, b)
-        return Value(f"{ts.wrapped(x, ts.SUM)} {symbol} {ts.wrapped(y, ts.SUM)}", "bool", x.lanes, binding=ts.OTHER)
-
-    def select(self, condition: Value, a: Value, b: Value) -> Value:
-        """`a` where the condition holds, else `b`; both are computed."""
-        x, y = self.unify(a, b)
-        lanes = max(x.lanes, condition.lanes)
-        c, x, y = (ts.broadcast(v, lanes) if lanes > 1 else v for v in (condition, x, y))
-        return Value(f"T.Select({c.text}, {x.text}, {y.text})", x.dtype, lanes)
 
     def _masked(self, x: Expr, identity: Const, at: Point, out: list[Statement]) -> Value:
         v = self.value(x, at, out)
@@ -408,7 +338,8 @@ class Evaluator:
     def _coordinates(self, e: Read, array: Array, at: Point, out: list[Statement]) -> tuple[tuple[Value, ...], Value | None]:
         """Coordinates clamped to the tensor wherever they might leave it, and with a fill the test whether they are inside."""
         ranks = tuple(rank for axis in array.axes for rank in axis)
-        coords, tests = [], []
+        coords: list[Value] = []
+        tests: list[Value] = []
         for rank, c in zip(ranks, e.coords, strict=True):
             if isinstance(c, Index):
                 v = self.bounded(c.rank, at)
@@ -437,8 +368,8 @@ class Evaluator:
         match e:
             case Index(rank=rank):
                 return self.index(rank, at)
-            case Const(value=v):
-                return ts.constant(int(v), "int32")
+            case Const(value=number):
+                return ts.constant(int(number), "int32")
             case Extent(rank=rank):
                 return self.memory.extent(rank)
             case Start(rank=rank):
@@ -450,33 +381,13 @@ class Evaluator:
                 return Value(f'T.Cast("int64", {v.text})', "int64", v.lanes) if v.dtype != "int64" else v
 
     def _vector_read(self, e: Read, array: Array, at: Point, out: list[Statement]) -> Value:
+        """Adjacent elements at once; where the lane's tail may stick out of the tensor it is masked."""
         lane = str(at.lane)
-        head = replace(e, coords=e.coords[:-1])
-        ranks = tuple(rank for axis in array.axes for rank in axis)
-        base_at = replace(at, exact=at.exact | {lane})  # the lane's own tail is masked, not clamped
-        tests: list[Value] = []
-        coords = []
-        for rank, c in zip(ranks[:-1], head.coords, strict=True):
-            part = Read(e.tensor, (c,))
-            v, _ = self._single(part, rank, at, out)
-            coords.append(v)
-        last, _ = self._single(Read(e.tensor, (e.coords[-1],)), ranks[-1], base_at, out)
-        coords.append(last)
-        index = tuple(array.axis_index(i, tuple(coords), self.memory.extents) for i in range(len(array.axes)))
-        del tests
-        limit = None
-        if self.ragged(lane, at):
-            limit = ts.narrow(ts.sub(array.shape[-1], index[-1]))
+        plain = replace(at, exact=at.exact | {lane})  # the lane itself is masked, not clamped
+        coords = (*self._coordinates(e, array, at, out)[0][:-1], self._coordinates(e, array, plain, out)[0][-1])
+        index = tuple(array.axis_index(i, coords, self.memory.extents) for i in range(len(array.axes)))
+        limit = ts.narrow(ts.sub(array.shape[-1], index[-1])) if self.ragged(lane, at) else None
         return self.load(array, index, at.lanes, limit)
-
-    def _single(self, e: Read, rank: str, at: Point, out: list[Statement]) -> tuple[Value, None]:
-        c = e.coords[0]
-        if isinstance(c, Index):
-            return self.bounded(c.rank, at), None
-        v = self.coordinate(c, at, out)
-        moving = any(self.ragged(r, at) for r in expression_ranks(c, self.tile_ranks))
-        gathered = any(isinstance(n, (Tile, Read)) for n in walk(c))
-        return (self._clamped(v, rank, [], None, low=True) if moving or gathered else v), None
 
     def load(self, array: Array, index: tuple[Value, ...], lanes: int, limit: Value | None) -> Value:
         """A vector from memory; lanes at `limit` and beyond are not touched."""
@@ -498,7 +409,7 @@ class Evaluator:
         if dtype.name in ("bf16", "f16"):
             v = self.cast(v, "float32")
             return self.helper(f"round_{dtype.name}", v, dtype="float32")
-        if dtype.is_float and dtype.bits < 16 or dtype.bits < 8:
+        if (dtype.is_float and dtype.bits < 16) or dtype.bits < 8:
             raise UnsupportedError(f"the CPU backend does not round to {dtype}", statement=self.statement, hint="cast to bf16 or i8")
         return self.cast(v, compute)
 
@@ -533,126 +444,5 @@ class Evaluator:
 
     def type_of(self, e: Expr) -> DType:
         """The declared type of an expression."""
-        from ...ir.infer import expression_type
-
         types = {name: a.dtype for name, a in self.memory.arrays.items()} | dict(self.tile_types)
         return expression_type(e, types)[0]
-
-    def _op(self, name: str, args: list[Value], exprs: tuple[Expr, ...], out: list[Statement]) -> Value:
-        if name == "exact":
-            return args[0]
-        if name == "where":
-            return self.select(self.cast(args[0], "bool"), args[1], args[2])
-        if name in COMPARISONS:
-            return self.compare(COMPARISONS[name], args[0], args[1])
-        if name in ("isnan", "isinf", "isfinite"):
-            if args[0].dtype not in ts.FLOATS:
-                return ts.constant(name == "isfinite", "bool")
-            return self.cast(self.helper(name, self.cast(args[0], "float32"), dtype="int32"), "bool")
-        if name in ("popcount", "clz"):
-            bits = args[0].dtype
-            wide = self.cast(args[0], "int32") if bits in ("int8", "int16", "uint8") else args[0]
-            counted = Value(f"T.{name}({wide.text})", wide.dtype, wide.lanes)
-            return self.cast(counted, "int32")
-        if OPS_FLOAT.get(name):
-            x = args[0] if args[0].dtype == "float64" and not args[0].weak else self.cast(args[0], "float32")
-            return self._float(name, x, out)
-        if name == "div":
-            a, b = self.unify(*args)
-            if a.dtype not in ts.FLOATS:
-                a, b = self.cast(a, "float32"), self.cast(b, "float32")
-            return self._infix("/", a, b)
-        if name == "pow":
-            return self._power(args, exprs)
-        operands = self.unify(*args)
-        return self._arithmetic(name, operands)
-
-    def _infix(self, symbol: str, a: Value, b: Value) -> Value:
-        return Value(f"({ts.wrapped(a, ts.SUM)} {symbol} {ts.wrapped(b, ts.ATOM)})", a.dtype, a.lanes)
-
-    def _arithmetic(self, name: str, operands: list[Value]) -> Value:
-        a = operands[0]
-        floating = a.dtype in ts.FLOATS
-        if name in ARITHMETIC:
-            return self._infix(ARITHMETIC[name], *operands)
-        if name in ("minimum", "maximum"):
-            return Value(f"T.{name[:3]}({a.text}, {operands[1].text})", a.dtype, a.lanes)
-        if name in BITS and a.dtype == "bool":
-            return self._logic(name, *operands)
-        if name in BITS:
-            return Value(f"T.{BITS[name]}({a.text}, {operands[1].text})", a.dtype, a.lanes)
-        if name == "not":
-            return Value(f"T.Not({a.text})" if a.dtype == "bool" else f"T.bitwise_not({a.text})", a.dtype, a.lanes)
-        zero = ts.broadcast(ts.constant(0, a.dtype), a.lanes)
-        if name == "neg":
-            if floating:  # 0 - x loses the sign of zero
-                return self._infix("*", a, ts.broadcast(ts.constant(-1, a.dtype), a.lanes))
-            return self._infix("-", zero, a)
-        if name == "abs":
-            return Value(f"T.abs({a.text})", a.dtype, a.lanes) if floating else Value(f"T.max({a.text}, {zero.text} - {a.text})", a.dtype, a.lanes)
-        if name == "sign":
-            one, minus = (ts.broadcast(ts.constant(x, a.dtype), a.lanes) for x in (1, -1 if a.dtype != "uint8" else 0))
-            negative = Value(f"T.Select({a.text} < {zero.text}, {minus.text}, {zero.text})", a.dtype, a.lanes)
-            return Value(f"T.Select({a.text} > {zero.text}, {one.text}, {negative.text})", a.dtype, a.lanes)
-        if name in ROUNDING:
-            return Value(f"T.{ROUNDING[name]}({a.text})", a.dtype, a.lanes) if floating else a
-        if name in ("floordiv", "mod"):
-            return self._division(name, *operands)
-        raise UnsupportedError(f"the CPU backend has no operation {name!r}", statement=self.statement)
-
-    def _logic(self, name: str, a: Value, b: Value) -> Value:
-        if name in ("and", "or"):
-            return Value(f"T.{name.capitalize()}({a.text}, {b.text})", "bool", a.lanes)
-        if name == "xor":
-            return Value(f"T.Or(T.And({a.text}, T.Not({b.text})), T.And(T.Not({a.text}), {b.text}))", "bool", a.lanes)
-        raise UnsupportedError(f"the CPU backend has no {name!r} of bools", statement=self.statement, hint="cast to an integer first")
-
-    def _division(self, name: str, a: Value, b: Value) -> Value:
-        """The quotient rounded down, or the remainder with the divisor's sign."""
-        if a.dtype in ts.FLOATS:
-            if name == "floordiv":
-                return Value(f"T.floor({self._infix('/', a, b).text})", a.dtype, a.lanes)
-            rest = self.helper("fmod", self.cast(a, "float32"), self.cast(b, "float32"), dtype="float32")
-            zero = ts.broadcast(ts.constant(0, "float32"), rest.lanes)
-            other = f"T.And({rest.text} != {zero.text}, T.Or(T.And({rest.text} < {zero.text}, {b.text} > {zero.text}), T.And({rest.text} > {zero.text}, {b.text} < {zero.text})))"
-            return Value(f"T.Select({other}, {rest.text} + {b.text}, {rest.text})", "float32", rest.lanes)
-        function = {"floordiv": "floordiv", "mod": "floormod"}[name]
-        return Value(f"T.{function}({a.text}, {b.text})", a.dtype, a.lanes)
-
-    def _float(self, name: str, x: Value, out: list[Statement]) -> Value:
-        if name == "sqrt":
-            return Value(f"T.sqrt({x.text})", x.dtype, x.lanes)
-        if name == "rsqrt":
-            one = ts.broadcast(ts.constant(1, x.dtype), x.lanes)
-            return self._infix("/", one, Value(f"T.sqrt({x.text})", x.dtype, x.lanes))
-        if x.dtype == "float64":
-            if name in ("exp", "exp2", "log", "log2", "sin", "cos", "tanh"):
-                return Value(f"T.{name}({x.text})", x.dtype, x.lanes)
-            raise UnsupportedError(f"the CPU backend has no {name!r} of f64", statement=self.statement, hint="cast to f32 first")
-        return self.helper(name, x, dtype="float32")
-
-    def _power(self, args: list[Value], exprs: tuple[Expr, ...]) -> Value:
-        base, exponent = args
-        number = exponent.number
-        if number is not None and not isinstance(number, bool) and number in (1, 2, 3, 4):
-            result = base if base.dtype != "bool" else self.cast(base, "int32")
-            for _ in range(int(number) - 1):
-                result = self._infix("*", result, base)
-            return result
-        a, b = self.unify(base, exponent)
-        if a.dtype == "float32":
-            if number == 0.5:
-                return Value(f"T.sqrt({a.text})", a.dtype, a.lanes)
-            return self.helper("pow", a, b, dtype="float32")
-        raise UnsupportedError(f"the CPU backend has no power of {a.dtype} by this exponent", statement=self.statement, hint="cast to f32 first")
-
-    def bind(self, v: Value, wanted: str, out: list[Statement]) -> Value:
-        """`v` under a name, so that its text is not repeated."""
-        if v.number is not None or v.text.isidentifier():
-            return v
-        variable = self.names.fresh("v", wanted)
-        out.append(Let(variable, v))
-        return Value(variable, v.dtype, v.lanes)
-
-
-OPS_FLOAT = dict.fromkeys((*IMPORTED, *LIBRARY, "sqrt", "rsqrt"), True)

@@ -1,53 +1,56 @@
-"""What the machine code of a kernel says: vector multiply-adds, stack traffic among them, heap allocations."""
+"""What LLVM made of a kernel, read from its assembly: spills in the loops that multiply, and allocations a task."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ..base import Artifact
 
-_LABEL = re.compile(r"^(\.L\w+):")
+_LABEL = re.compile(r"^(\.L\w+|[\w.$]+):")
 _JUMP = re.compile(r"^\s+j\w+\s+(\.L\w+)")
-_FMA = re.compile(r"^\s+v(fn?m(add|sub)\w*|dpbf16ps)\s")
-_STACK = re.compile(r"^\s+vmov\w*\s.*\(%r[sb]p\)")
-_VECTOR = re.compile(r"%[yz]mm")
-_ALLOCATION = re.compile(r"TVMBackendAllocWorkspace")
+_MULTIPLY = re.compile(r"\s(vfn?m(add|sub)\w*p[sd]|vdpbf16ps|fmla|bfmmla|bfdot)\s")
+_STACK = re.compile(r"\s(vmov\w*|vbroadcast\w*)\s.*\(%r[sb]p.*%[xyz]mm|\s(vmov\w*)\s.*%[xyz]mm\d+,.*\(%r[sb]p")
+MULTIPLIES = 8  # a loop with so many is one over a register tile
 
 
-def facts(artifact: Artifact) -> Mapping[str, Any]:
-    """Counts from the assembly.
+def facts(artifact: Artifact) -> dict[str, Any]:
+    """Counts from the assembly of a kernel built in this process; of one loaded from a file nothing is known.
 
-    `fma` are vector multiply-adds, `stack_traffic` moves of vectors to or from the stack inside loops that hold multiply-adds (spills),
-    `heap_allocations` calls for workspace. The last two should be 0. `bf16_dots` says whether the bf16 unit is used. None where an artifact
-    was loaded from a file, which holds no assembly.
+    `multiply_loops`: innermost loops of at least 8 vector multiply-adds. `multiplies`: the multiply-adds in them. `spills`: vector
+    moves from or to the stack in them, which register tiles should not need. `allocations`: heap buffers a task asks for.
     """
-    module = artifact.module.mod if hasattr(artifact.module, "mod") else artifact.module
-    if module.kind != "llvm":
-        return {"fma": None, "stack_traffic": None, "heap_allocations": None, "bf16_dots": None}
-    lines = str(module.inspect_source("asm")).splitlines()
-    loops = list(_innermost_loops(lines))
-    hot = [body for body in loops if any(_FMA.match(line) for line in body)]
+    inspect = getattr(getattr(artifact.module, "mod", None), "inspect_source", None)
+    if inspect is None:
+        return {}
+    return read_assembly(inspect("asm"))
+
+
+def read_assembly(text: str) -> dict[str, Any]:
+    """The counts of `facts`."""
+    loops = [body for body in _innermost_loops(text.splitlines()) if sum(bool(_MULTIPLY.search(line)) for line in body) >= MULTIPLIES]
     return {
-        "fma": sum(1 for line in lines if _FMA.match(line) and _VECTOR.search(line)),
-        "stack_traffic": sum(1 for body in hot for line in body if _STACK.match(line) and _VECTOR.search(line)),
-        "heap_allocations": sum(1 for line in lines if _ALLOCATION.search(line) and "call" in line),
-        "bf16_dots": sum(1 for line in lines if "vdpbf16ps" in line),
+        "multiply_loops": len(loops),
+        "multiplies": sum(bool(_MULTIPLY.search(line)) for body in loops for line in body),
+        "spills": sum(bool(_STACK.search(line)) for body in loops for line in body),
+        "allocations": len(re.findall(r"__TVMBackendAllocWorkspace(?:@\w+)?\(%rip\)", text)),
+        "instructions": sum(line.startswith("\t") and not line.startswith("\t.") for line in text.splitlines()),
     }
 
 
 def _innermost_loops(lines: list[str]) -> Iterator[list[str]]:
-    """The lines of every loop that holds no other: from a label to the jump back to it."""
+    """The bodies between a label and a jump back to it with no other backward jump in between."""
     labels: dict[str, int] = {}
     last_end = -1
-    for i, line in enumerate(lines):
+    for number, line in enumerate(lines):
         label = _LABEL.match(line)
         if label:
-            labels[label.group(1)] = i
+            labels[label.group(1)] = number
             continue
         jump = _JUMP.match(line)
-        start = labels.get(jump.group(1)) if jump else None
-        if start is not None and start > last_end:
-            yield lines[start : i + 1]
-            last_end = i
+        if jump and jump.group(1) in labels:
+            start = labels[jump.group(1)]
+            if start > last_end:
+                yield lines[start : number + 1]
+            last_end = number

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ...ir.expr import Read
+from ...ir.expr import Expr, reads
 from ...ir.infer import expression_ranks
-from ...ir.tile import Dot, Loop, Map, Reduce, Store, TileProgram
+from ...ir.tile import Dot, Map, Reduce, Store, TileProgram
 from ...schedules.schedule import DotSchedule, GroupSchedule
 from . import script as ts
 from .cpu import Cpu
 from .evaluate import Active, Evaluator, Point, RankPlace
 from .memory import Memory
 from .partition import Row, RowInfo, row_ranks
-from .prepare import Assign, Step
+from .prepare import Assign, Step, tiles_read
 from .script import For, Names, Statement, Value
 from .tiles import TileBuffer
 
@@ -103,37 +103,26 @@ class Kernel:
             return last[-1] if last else space[-1]
         if isinstance(row, (Map, Assign)) and self.buffers[row.dst].lane in space:
             return self.buffers[row.dst].lane
-        for name in self._operands(row):
+        for name in sorted(tiles_read(row)):
             if set(space) <= set(self.ranks[name]) and self.buffers[name].lane in space:
                 return self.buffers[name].lane
-        for read in _reads(row):
+        for read in reads(row.expr):
             for rank in reversed(space):
                 if self._moves(read.tensor, read.coords, rank):
                     return rank
         return space[-1]
 
-    def _moves(self, tensor: str, coords: tuple[object, ...], rank: str) -> bool:
+    def _moves(self, tensor: str, coords: tuple[Expr, ...], rank: str) -> bool:
         array = self.memory.arrays[tensor]
         if not coords or not array.unit:
             return False
         probe = Point(local={rank: ts.integer(0)}, lane=rank, lanes=self.cpu.lanes)
-        others = any(rank in expression_ranks(c, self.ranks) for c in coords[:-1])  # type: ignore[arg-type]
-        return not others and self.evaluator.stride(coords[-1], probe) == 1  # type: ignore[arg-type]
-
-    def _operands(self, row: Row) -> list[str]:
-        from .prepare import tiles_read
-
-        return sorted(tiles_read(row))
+        others = any(rank in expression_ranks(c, self.ranks) for c in coords[:-1])
+        return not others and self.evaluator.stride(coords[-1], probe) == 1
 
     def leaves(self, tile: str, among: tuple[Step, ...]) -> bool:
         """Whether `tile` is read outside `among`."""
         return bool(self.readers.get(tile, frozenset()) - {id(step) for step in among})
-
-
-def _reads(row: Row) -> list[Read]:
-    from ...ir.expr import reads
-
-    return list(reads(row.expr))
 
 
 @dataclass
@@ -143,7 +132,9 @@ class Nest:
     body: list[Statement]
     point: Point
 
-    def loop(self, names: Names, rank: str, count: Value, *, step: int = 1, kind: str = "range", prefix: str = "v", exact: bool = False) -> Value:
+    def loop(
+        self, names: Names, rank: str, count: Value, *, step: int = 1, kind: str = "range", prefix: str = "v", exact: bool = False
+    ) -> Value:
         """Opens a loop of `count` turns, each `step` elements of `rank` further, inside what is open; returns its variable."""
         base = self.point.local.get(rank, ts.integer(0))
         if count.number == 1:
@@ -157,8 +148,3 @@ class Nest:
         exact_ranks = self.point.exact | {rank} if exact else self.point.exact
         self.point = replace(self.point, local={**self.point.local, rank: local}, exact=exact_ranks)
         return variable
-
-
-def loop_of(loops: tuple[Active, ...], rank: str) -> Loop | None:
-    """The enclosing loop over `rank`."""
-    return next((a.loop for a in reversed(loops) if a.loop.rank == rank), None)

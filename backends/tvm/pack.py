@@ -131,7 +131,9 @@ def _worth_copying(packer: _Packer, dot: Dot, e: Expr, lane: str | None) -> bool
         across = lane in ranks and lane is not None and packer.layouts[e.name][-1].partition("/")[0].partition("%")[0] != lane
         return across and uses >= 2
     if isinstance(e, Read):
-        across = lane in ranks and not (e.tensor not in packer.strided and is_adjacent(e.coords, str(lane), packer.tiles) and e.fill is None)
+        across = lane in ranks and not (
+            e.tensor not in packer.strided and is_adjacent(e.coords, str(lane), packer.tiles) and e.fill is None
+        )
         converted = packer.types[e.tensor].name in ("bf16", "f16") and uses >= REUSE
         return across or converted
     computed = any(isinstance(n, Op) for n in walk(e)) or isinstance(e, Cast)

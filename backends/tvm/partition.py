@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ...ir.expr import Expr, Index, walk
 from ...ir.infer import expression_ranks
 from ...ir.tile import Dot, Map, Reduce, Store
 from .prepare import Assign, Step, Stream, tiles_read, tiles_written
@@ -110,8 +109,7 @@ def _joins(run: list[Row], row: Row, info: Callable[[Row], RowInfo]) -> bool:
     if len(wanted) > 1:
         return False
     if not lanes:  # all of the row itself
-        wanted = {info(r).lane for r in trial}
-        return len(wanted) <= 1
+        return len({info(r).lane for r in trial}) <= 1
     return True
 
 
@@ -161,4 +159,3 @@ def _merged(parts: list[Stage]) -> list[Stage]:
         else:
             result.append(part)
     return result
-

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ...ir.expr import Expr, Index, Tile, walk
-from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Store, TileProgram
+from ...ir.expr import Count, Expr, Index, Masked, Seen, Start, Tile, walk
+from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Store
 from ...ir.types import DType, f32, f64
 
 
@@ -121,7 +121,6 @@ def _with_yields(body: list[Step], states: tuple[LoopState, ...]) -> list[Step]:
             pending[name] = replace(state, next=Tile(copy))
             reads[name] = {copy}
             continue
-        # the last to be read comes last: a state no other next value reads any more may be assigned
         name = free[0]
         state = pending.pop(name)
         position = 0
@@ -136,20 +135,12 @@ def depends_on_loop(e: Expr, loop: Loop, inside: frozenset[str]) -> bool:
     """Whether `e` changes from tile to tile of `loop`; `inside` are the tiles written in its body."""
     for node in walk(e):
         match node:
-            case Tile(name=name):
-                if name in inside:
-                    return True
-            case Index(rank=rank):
-                if rank == loop.rank:
-                    return True
+            case Tile(name=name) if name in inside:
+                return True
+            case Index(rank=rank) | Start(rank=rank) | Count(rank=rank) | Seen(rank=rank) if rank == loop.rank:
+                return True
+            case Masked():
+                return True
             case _:
-                if getattr(node, "rank", None) == loop.rank and type(node).__name__ != "Extent":
-                    return True
-                if type(node).__name__ == "Masked":
-                    return True
+                continue
     return False
-
-
-def program_steps(program: TileProgram) -> tuple[Step, ...]:
-    """The steps of a whole kernel."""
-    return to_steps(program.body)

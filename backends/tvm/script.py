@@ -1,7 +1,7 @@
 """TVMScript as data: typed values, statements, and the printer.
 
-    value      =  Value(text, dtype, lanes)                               an expression of the target language with its type
-    statement  =  Comment | Let | Set | Alloc | Evaluate | For | If | With
+value      =  Value(text, dtype, lanes)                               an expression of the target language with its type
+statement  =  Comment | Let | Set | Alloc | Evaluate | For | If | With
 """
 
 from __future__ import annotations

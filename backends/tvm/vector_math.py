@@ -13,7 +13,16 @@ from functools import lru_cache
 
 from .cpu import Cpu
 
-LLVM_TYPES = {"float32": "float", "float64": "double", "int8": "i8", "uint8": "i8", "int16": "i16", "int32": "i32", "int64": "i64", "bool": "i8"}
+LLVM_TYPES = {
+    "float32": "float",
+    "float64": "double",
+    "int8": "i8",
+    "uint8": "i8",
+    "int16": "i16",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "i8",
+}
 LIBM = {"erf": "erff", "log1p": "log1pf", "pow": "powf", "fmod": "fmodf", "sin": "sinf", "cos": "cosf"}
 
 
@@ -86,7 +95,10 @@ LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
     -2.4999993993e-1, 3.3333331174e-1,
 )  # fmt: skip
-TANH_UP = (-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08, 1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03)  # fmt: skip
+TANH_UP = (
+    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
+    1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
+)  # fmt: skip
 TANH_DOWN = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
 
@@ -290,7 +302,11 @@ def _load(t: str, n: int, masked: bool) -> str:
     if masked:
         vector = f"<{n} x {stored}>"
         value = ir.call(
-            vector, f"llvm.masked.load.v{n}{_mangled(stored)}.p0", ("ptr", f"align {_size(t)} %p"), (f"<{n} x i1>", _mask(ir)), (vector, "zeroinitializer")
+            vector,
+            f"llvm.masked.load.v{n}{_mangled(stored)}.p0",
+            ("ptr", f"align {_size(t)} %p"),
+            (f"<{n} x i1>", _mask(ir)),
+            (vector, "zeroinitializer"),
         )
     else:
         value = ir.op(f"load <{n} x {stored}>, ptr %p, align {_size(t)}, !invariant.load !0")
@@ -319,7 +335,9 @@ def _store(cpu: Cpu, t: str, n: int, masked: bool) -> str:
     if masked:
         mask = _mask(ir)
         ir.declared[f"declare void @llvm.masked.store.v{n}{_mangled(stored)}.p0({vector}, ptr, <{n} x i1>)"] = None
-        ir.lines.append(f"  call void @llvm.masked.store.v{n}{_mangled(stored)}.p0({vector} {value}, ptr align {_size(t)} %p, <{n} x i1> {mask})")
+        ir.lines.append(
+            f"  call void @llvm.masked.store.v{n}{_mangled(stored)}.p0({vector} {value}, ptr align {_size(t)} %p, <{n} x i1> {mask})"
+        )
     else:
         ir.lines.append(f"  store {vector} {value}, ptr %p, align {_size(t)}")
     return ir.finish("i32", "0")
@@ -339,6 +357,33 @@ def _horizontal(operation: str, t: str, n: int) -> str:
         return ir.finish(element, ir.op(f"call reassoc {element} @{function}({element} {start}, {vector} %x)"))
     sign = "f" if floating else "" if operation in ("sum", "prod") else "u" if t == "uint8" else "s"
     return ir.finish(element, ir.call(element, f"llvm.vector.reduce.{sign}{verb}.v{n}{_mangled(element)}", (vector, "%x")))
+
+
+def _sum_of_four(n: int) -> str:
+    """The sums of the lanes of four vectors, in the four lanes of one: halves are added until each vector has one lane left."""
+    operands = ", ".join(f"<{n} x float> %{v}" for v in "abcd")
+    ir = Ir(f"<4 x float> @hsum4_float32_v{n}({operands})", n)
+
+    def halves(x: str, y: str, pieces: int) -> str:
+        """Both vectors hold `pieces` pieces; the halves of each piece added, those of x before those of y."""
+        width = n // pieces
+        low = [p * width + k for p in range(pieces) for k in range(width // 2)]
+        parts = []
+        for shift in (0, width // 2):
+            lanes = [i + shift for i in low] + [n + i + shift for i in low]
+            mask = ", ".join(f"i32 {i}" for i in lanes)
+            parts.append(ir.op(f"shufflevector {ir.f} {x}, {ir.f} {y}, <{n} x i32> <{mask}>"))
+        return ir.op(f"fadd {ir.f} {parts[0]}, {parts[1]}")
+
+    total = halves(halves("%a", "%b", 1), halves("%c", "%d", 1), 2)
+    width = n // 4
+    while width > 1:
+        width //= 2
+        mask = ", ".join(f"i32 {k ^ width}" for k in range(n))
+        swapped = ir.op(f"shufflevector {ir.f} {total}, {ir.f} poison, <{n} x i32> <{mask}>")
+        total = ir.op(f"fadd {ir.f} {total}, {swapped}")
+    mask = ", ".join(f"i32 {k * n // 4}" for k in range(4))
+    return ir.finish("<4 x float>", ir.op(f"shufflevector {ir.f} {total}, {ir.f} poison, <4 x i32> <{mask}>"))
 
 
 def _dot_bf16(n: int) -> str:
@@ -391,6 +436,8 @@ def helper_ir(cpu: Cpu, function: str) -> str:
         return _log(cpu, n, stem == "log2")
     if stem in ("dot_bf16", "pack_bf16"):
         return _dot_bf16(n) if stem == "dot_bf16" else _pack_bf16(n)
+    if stem == "hsum4_float32":
+        return _sum_of_four(n)
     verb, _, t = stem.partition("_")
     if verb in ("load", "mload"):
         return _load(t, n, verb == "mload")
