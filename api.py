@@ -10,19 +10,16 @@ checked, traced, looked up in the database and compiled.
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from .compiler.scalars import converter, to_float
+from .compiler.definition import Asked, Definition, DtypeLike
 from .configuration import Settings, current
 from .ir.cascade import Cascade
-from .ir.errors import BindingError, DatabaseError, UnsupportedError
-from .ir.types import DType
-from .ir.types import dtype as dtype_named
+from .ir.errors import DatabaseError, UnsupportedError
 from .schedules.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -36,10 +33,7 @@ if TYPE_CHECKING:
     from .tuner.property_check import CheckReport, Trial
     from .tuner.tune import Event, TuneResult
 
-T = TypeVar("T")
 MEMO_LIMIT = 4096  # signatures kept by a kernel
-_REQUIRED: Any = inspect.Parameter.empty
-DtypeLike = str | DType
 
 
 def kernel(function: Callable[..., Any]) -> Kernel:
@@ -64,50 +58,14 @@ def load(folder: str | Path) -> Executable:
     return load_executable(folder)
 
 
-@dataclass(frozen=True, slots=True)
-class _Parameters:
-    """The arguments of a kernel: tensors in order, scalars and static arguments with their defaults (or `_REQUIRED`).
-
-    `numbers` has the scalars again, each with what makes it a number.
-    """
-
-    tensors: tuple[str, ...]
-    scalars: tuple[tuple[str, Any], ...]
-    numbers: tuple[tuple[str, Any, Callable[[Any], float]], ...]
-    static: tuple[tuple[str, Any], ...]
-
-    @staticmethod
-    def of_function(function: Callable[..., Any]) -> _Parameters:
-        tensors, scalars, static = [], [], []
-        for parameter in inspect.signature(function).parameters.values():
-            said = type(parameter.default) if parameter.annotation is _REQUIRED else parameter.annotation
-            kind = getattr(said, "__name__", said)
-            if kind == "float":
-                scalars.append((parameter.name, parameter.default))
-            elif kind in ("int", "bool", "str"):
-                static.append((parameter.name, parameter.default))
-            else:
-                tensors.append(parameter.name)
-        return _Parameters(tuple(tensors), tuple(scalars), tuple((n, d, to_float) for n, d in scalars), tuple(static))
-
-    @staticmethod
-    def of_cascade(cascade: Cascade) -> _Parameters:
-        numbers = tuple((s.name, _REQUIRED, converter(s.dtype)) for s in cascade.scalars)
-        return _Parameters(tuple(t.name for t in cascade.inputs), tuple((n, d) for n, d, _ in numbers), numbers, ())
-
-
 class Kernel:
     """See the module. Made by `@ef.kernel`, or from a cascade by `Kernel.from_cascade`."""
 
     def __init__(self, function: Callable[..., Any] | None = None, *, cascade: Cascade | None = None) -> None:
-        if (function is None) == (cascade is None):
-            raise TypeError("a kernel is made of a function or of a cascade")
-        self._function = function
-        self._given = cascade
-        self._parameters = _Parameters.of_function(function) if function is not None else _Parameters.of_cascade(_some(cascade))
+        self._definition = Definition(function, cascade)
+        self._parameters = self._definition.parameters
         self._names = frozenset(n for n, _ in (*self._parameters.scalars, *self._parameters.static))
         self._lock = threading.RLock()
-        self._traced: dict[object, Cascade] = {}
         self._targets: dict[tuple[str, int | None], Target] = {}
         self._executables: dict[object, list[Executable]] = {}
         self._memo: dict[object, tuple[Executable, Bound]] = {}
@@ -126,7 +84,7 @@ class Kernel:
     @property
     def name(self) -> str:
         """The name of the function or cascade."""
-        return self._given.name if self._given is not None else getattr(self._function, "__name__", "kernel")
+        return self._definition.name
 
     def __repr__(self) -> str:
         return f"<einfall.Kernel {self.name}({', '.join(self._parameters.tensors)})>"
@@ -143,55 +101,7 @@ class Kernel:
 
         Raises `BindingError` for an unknown argument or type, `CascadeError` for a wrong program.
         """
-        types = self._types(dtypes)
-        chosen = self._static(static)
-        key = (tuple(sorted((name, t.name) for name, t in types.items())), tuple(chosen.items()))
-        with self._lock:
-            cascade = self._traced.get(key)
-            if cascade is None:
-                cascade = self._traced[key] = self._trace(types, chosen)
-            return cascade
-
-    def _trace(self, types: Mapping[str, DType], static: Mapping[str, object]) -> Cascade:
-        if self._given is not None:
-            from .ir.check import check_cascade
-
-            retyped = replace(self._given, inputs=tuple(replace(t, dtype=types.get(t.name, t.dtype)) for t in self._given.inputs))
-            if retyped != self._given:
-                check_cascade(retyped)
-            return retyped
-        from .compiler.trace import trace
-
-        return trace(_some(self._function), static=static, dtypes=types)
-
-    def _types(self, dtypes: Mapping[str, DtypeLike] | DtypeLike | None) -> dict[str, DType]:
-        if dtypes is None:
-            return {}
-        table = dict(dtypes) if isinstance(dtypes, Mapping) else dict.fromkeys(self._parameters.tensors, dtypes)
-        found = {}
-        for name, t in table.items():
-            if name not in self._parameters.tensors:
-                known = ", ".join(self._parameters.tensors)
-                raise BindingError(f"a type is given for {name!r}, which is no input", cascade=self.name, hint=f"the inputs are {known}")
-            try:
-                found[name] = dtype_named(t)
-            except (KeyError, TypeError):
-                raise BindingError(f"{name}: there is no element type {t!r}", cascade=self.name, hint="such as f32, bf16, i8") from None
-        return found
-
-    def _static(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        chosen = {}
-        for name, default in self._parameters.static:
-            value = given.get(name, default)
-            if value is _REQUIRED:
-                raise BindingError(f"the static argument {name} is not given", cascade=self.name, hint=f"{name}=... by name")
-            if not isinstance(value, (int, str)):
-                raise BindingError(f"the static argument {name} is {value!r}", cascade=self.name, hint="a whole number, a bool or a text")
-            chosen[name] = value
-        if unknown := sorted(set(given) - set(chosen)):
-            known = ", ".join(chosen) or "(none)"
-            raise BindingError(f"there is no static argument {unknown[0]!r}", cascade=self.name, hint=f"they are {known}")
-        return chosen
+        return self._definition.trace(dtypes, static)
 
     # -- calls --------------------------------------------------------------------------------------------------------------------
 
@@ -215,7 +125,7 @@ class Kernel:
         return executable.launch(bound, tensors, scalars, out)
 
     def _call_first(self, tensors: Sequence[Any], out: Any, named: Mapping[str, Any]) -> Any:
-        call = self._prepare(tensors, named)
+        call = self._definition.sort(tensors, named)
         asked = call.asked()
         _refuse_other_devices(call.cascade, call.tensors)
         with self._lock:
@@ -237,26 +147,11 @@ class Kernel:
         """
         from .ir.reference import evaluate
 
-        call = self._prepare(tensors, named)
+        call = self._definition.sort(tensors, named)
         scalars = {s.name: value for s, value in zip(call.cascade.scalars, call.scalars, strict=True)}
         results = evaluate(call.cascade, call.by_name, scalars, dtype=dtype)
         found = tuple(results[o.name] for o in call.cascade.outputs)
         return found[0] if len(found) == 1 else found
-
-    def _prepare(self, tensors: Sequence[Any], named: Mapping[str, Any]) -> _Call:
-        """Sort the arguments, trace for their types, and check that none is missing or unknown."""
-        from .compiler.binding import arguments, types_of
-
-        parameters = self._parameters
-        given = {**dict(zip(parameters.tensors, tensors, strict=False)), **{n: v for n, v in named.items() if n in parameters.tensors}}
-        types = types_of(given) if self._given is None else {}
-        static_names = {name for name, _ in parameters.static}
-        static = self._static({name: value for name, value in named.items() if name in static_names})
-        cascade = self.trace(dtypes=types, **static)
-        rest = {name: default for name, default in parameters.scalars if default is not _REQUIRED}
-        rest.update({name: value for name, value in named.items() if name not in static_names})
-        ordered, scalars = arguments(cascade, tensors, rest)
-        return _Call(cascade, ordered, tuple(scalars), static)
 
     def _target(self, target: str | Target) -> Target:
         """A target by name with the threads of the settings, one object for each, so that look-ups can remember it."""
@@ -294,25 +189,6 @@ class Kernel:
             built.append(executable)
             return executable
 
-    def describe(
-        self,
-        *tensors: torch.Tensor,
-        dims: Mapping[str, int] | None = None,
-        dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
-        **named: Any,
-    ) -> Asked:
-        """The cascade and the extent of every rank of a call, given by tensors or by `dims` and `dtypes`. Scalars may be left out."""
-        parameters = self._parameters
-        if self._gives_tensors(tensors, named):
-            if dims is not None or dtypes is not None:
-                raise BindingError("both tensors and dims or dtypes are given", cascade=self.name, hint="one or the other")
-            call = self._prepare(tensors, {**{name: 0.0 for name, _ in parameters.scalars}, **named})
-            return call.asked()
-        from .compiler.binding import complete_sizes
-
-        cascade = self.trace(dtypes=dtypes, **self._split(named)[1])
-        return Asked(cascade, complete_sizes(cascade, dims or {}))
-
     # -- everything about it ------------------------------------------------------------------------------------------------------
 
     def explain(
@@ -331,10 +207,10 @@ class Kernel:
         """
         from .compiler.report import explain
 
-        if self._gives_tensors(tensors, named):
-            asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        if self._definition.gives_tensors(tensors, named):
+            asked = self._definition.describe(tensors, named, dims, dtypes)
         else:
-            asked = Asked(self.trace(dtypes=dtypes, **self._split(named)[1]), dict(dims or {}))
+            asked = Asked(self._definition.trace(dtypes, self._definition.split(named)[1]), dict(dims or {}))
         report = explain(asked.cascade, asked.sizes, self._target(target))
         if show:
             report.print()
@@ -353,7 +229,7 @@ class Kernel:
 
         Raises `UnsupportedError` where the target cannot, `ScheduleError` for a schedule that is not legal, `BuildError` from its tools.
         """
-        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        asked = self._definition.describe(tensors, named, dims, dtypes)
         chosen = Schedule.from_dict(schedule) if isinstance(schedule, Mapping) else schedule
         return self._executable(asked, self._target(target), chosen)
 
@@ -386,9 +262,9 @@ class Kernel:
         place = current().database if database is None else Path(database)
         if place is None:
             raise DatabaseError("no tuning database is set", hint="database=..., or EINFALL_DB")
-        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        asked = self._definition.describe(tensors, named, dims, dtypes)
         cascade, sizes = asked.cascade, asked.sizes
-        scalars = {s.name: float(self._split(named)[0].get(s.name, 1.0)) for s in cascade.scalars}
+        scalars = {s.name: float(self._definition.split(named)[0].get(s.name, 1.0)) for s in cascade.scalars}
         try:
             return tune(
                 cascade, sizes=sizes, target=self._target(target), database=place, scalars=scalars, trials=trials, seed=seed,
@@ -417,12 +293,12 @@ class Kernel:
         """
         from .tuner.property_check import check_kernel
 
-        scalars, static = self._split(named)
-        if self._gives_tensors(tensors, named):
-            asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        scalars, static = self._definition.split(named)
+        if self._definition.gives_tensors(tensors, named):
+            asked = self._definition.describe(tensors, named, dims, dtypes)
             cascade, fixed = asked.cascade, asked.sizes
         else:
-            cascade, fixed = self.trace(dtypes=dtypes, **static), dict(dims or {})
+            cascade, fixed = self._definition.trace(dtypes, static), dict(dims or {})
         machine = self._target(target)
 
         def build(sizes: Mapping[str, int]) -> Executable:
@@ -454,7 +330,7 @@ class Kernel:
         from .compiler.cost import roofline
         from .tuner.compare import compare
 
-        asked = self.describe(*tensors, dims=dims, dtypes=dtypes, **named)
+        asked = self._definition.describe(tensors, named, dims, dtypes)
         cascade, sizes, machine = asked.cascade, asked.sizes, self._target(target)
         best = self._executable(Asked(cascade, sizes), machine, None)
         default = self._executable(Asked(cascade, sizes), machine, None, look_up=False)
@@ -463,55 +339,13 @@ class Kernel:
             cascade,
             sizes,
             [("tuned", best), ("default", default)] if tuned else [("default", default)],
-            scalars={s.name: float(self._split(named)[0].get(s.name, 1.0)) for s in cascade.scalars},
+            scalars={s.name: float(self._definition.split(named)[0].get(s.name, 1.0)) for s in cascade.scalars},
             roofline_ms=roofline(cascade, sizes, machine).time_us / 1e3,
             compiled=compiled,
             peers=peers,
             cache_bytes=max((c.bytes for c in machine.caches), default=0) if cold else 0,
             seed=seed,
         )
-
-    def _gives_tensors(self, tensors: Sequence[object], named: Mapping[str, object]) -> bool:
-        return bool(tensors) or any(name in self._parameters.tensors for name in named)
-
-    def _split(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Scalars (defaults included) and everything else of `named`."""
-        scalars = {name: default for name, default in self._parameters.scalars if default is not _REQUIRED}
-        names = {name for name, _ in self._parameters.scalars}
-        scalars.update({name: value for name, value in named.items() if name in names})
-        return scalars, {name: value for name, value in named.items() if name not in names}
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a call asks of the compiler: a cascade, the extent of every rank, and the inputs whose last axis is not contiguous."""
-
-    cascade: Cascade
-    sizes: Mapping[str, int]
-    strided: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call with its arguments in order."""
-
-    cascade: Cascade
-    tensors: tuple[torch.Tensor, ...]
-    scalars: tuple[float | int, ...]
-    static: Mapping[str, Any]
-
-    @property
-    def by_name(self) -> dict[str, torch.Tensor]:
-        return {t.name: tensor for t, tensor in zip(self.cascade.inputs, self.tensors, strict=True)}
-
-    def asked(self) -> Asked:
-        from .compiler.binding import strided_inputs
-        from .ir.binding import bind_sizes
-
-        tensors = self.by_name
-        sizes = bind_sizes(self.cascade, tensors)
-        return Asked(self.cascade, sizes, strided_inputs(tensors))
-
 
 @functools.cache
 def _lookup(path: Path) -> Lookup:
@@ -545,9 +379,3 @@ def _refuse_other_devices(cascade: Cascade, tensors: Sequence[torch.Tensor]) -> 
                 cascade=cascade.name,
                 hint=f"{declared.name}.cpu(), or .reference(...), which runs on any device",
             )
-
-
-def _some(value: T | None) -> T:
-    if value is None:
-        raise AssertionError("a kernel has a function or a cascade")
-    return value
