@@ -8,6 +8,7 @@ Stored tensors with the same stream and grid share a kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from .stream_reductions import Streamer
 RESIDENT_LIMIT = 1024
 INNER_LIMIT = 1 << 14
 SHARED_LIMIT = 256
+REPEATED_SIZE, REPEATED_LIMIT = 16, 512  # elements of an inner reduction, elements of the ranks that repeat it
 
 
 @dataclass(slots=True)
@@ -159,10 +161,11 @@ class _Partitioner:
         return KernelPlan(name, group.stream, stages, ordered, tuple(inputs), tuple(group.roots)), missing
 
     def _inner(self, s: Einsum, group: _Group) -> bool:
-        """Whether the reduction can be done within a tile of the kernel."""
-        size = 1
-        for rank in s.over:
-            size *= self.sizes.get(rank, INNER_LIMIT + 1)
+        """Whether the reduction can be done within a tile of the kernel, and is not done over and over by tasks that all need it."""
+        size = math.prod(self.sizes.get(rank, INNER_LIMIT + 1) for rank in s.over)
+        repeated = math.prod(self.sizes.get(rank, 1) for rank in group.ranks if rank not in s.ranks)
+        if size >= REPEATED_SIZE and repeated >= REPEATED_LIMIT:
+            return False
         return size <= INNER_LIMIT and not set(s.over) & (group.ranks | {group.stream})
 
     def _check_aligned(self, s: Einsum, tensor: str, coords: tuple[object, ...]) -> None:

@@ -53,14 +53,22 @@ def built_of_maxima(e: Expr, statements: Mapping[str, Einsum], plain: Container[
             return False
 
 
-def is_running(e: Expr, statements: Mapping[str, Einsum], moving: frozenset[str]) -> bool:
-    """Whether `e` is near its final value from the first elements on: sums must be divided by something that runs with them."""
+def is_running(e: Expr, statements: Mapping[str, Einsum], moving: Container[str], divided: Container[str]) -> bool:
+    """Whether `e` is near its final value from the first elements on: sums must be divided by something that runs with them.
+
+    `divided` are the sums from which such a division was factored out.
+    """
     match e:
         case Read(tensor=tensor):
-            return tensor not in moving or statements[tensor].op != "sum"
+            return tensor not in moving or statements[tensor].op != "sum" or tensor in divided
         case Op(name="div", args=(_, b)):
-            return any(isinstance(n, Extent) or (isinstance(n, Read) and n.tensor in moving) for n in walk(b))
+            return runs(b, moving)
         case Op(name="log" | "log2"):
             return True
         case _:
-            return all(is_running(child, statements, moving) for child in children(e))
+            return all(is_running(child, statements, moving, divided) for child in children(e))
+
+
+def runs(e: Expr, moving: Container[str]) -> bool:
+    """Whether `e` grows with the elements seen: it holds an extent or a reduction in flight."""
+    return any(isinstance(n, Extent) or (isinstance(n, Read) and n.tensor in moving) for n in walk(e))

@@ -25,7 +25,7 @@ from ...ir.plan import Correction, Domain, Origin, Rejected, Stage, State, Value
 from .algebra import Barrier, Closure, Symbols, close, to_expr, to_sympy
 from .factor_reductions import factor_reductions
 from .graph import conjunction, conjuncts, definitions, dependencies, fresh, inline, maps
-from .signs import built_of_maxima, is_positive, is_running
+from .signs import built_of_maxima, is_positive, is_running, runs
 
 IDENTITY = {"sum": 0.0, "prod": 1.0, "max": float("-inf"), "min": float("inf"), "argmax": -1, "argmin": -1}
 
@@ -185,8 +185,10 @@ class Streamer:
         closure = close(g, symbols.select(g, "xi"), ds, symbols)
         if r.op != "sum" and len(closure.basis) > 1:
             raise Barrier(f"{r.op} of a summand that would need several functions")
+        mine = frozenset(self.names)
+        divided = {v.reduction for v in draft.values if all(outside is not None and runs(outside, mine) for outside, _ in v.terms)}
         for d in closure.polynomial:
-            if not is_running(symbols.meaning(d), self.statements, frozenset(self.names)):
+            if not is_running(symbols.meaning(d), self.statements, mine, divided):
                 raise Barrier("poor origin: a sum that moves is not divided by anything that runs with it")
         meaning = self._meanings(closure, symbols, draft)
         names: list[str] = []
