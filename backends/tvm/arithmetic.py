@@ -107,6 +107,10 @@ class Arithmetic:
             return args[0]
         if name == "where":
             return self.select(self.cast(args[0], "bool"), args[1], args[2])
+        if name == "ne" and any(a.dtype in ts.FLOATS for a in args):  # TVM's own test is false for NaN
+            a, b = self.unify(*args)
+            if a.dtype == "float32":
+                return self.cast(self.helper("differ", a, b, dtype="int32"), "bool")
         if name in COMPARISONS:
             return self.compare(COMPARISONS[name], args[0], args[1])
         if name in ("isnan", "isinf", "isfinite"):
@@ -115,8 +119,8 @@ class Arithmetic:
             return self.cast(self.helper(name, self.cast(args[0], "float32"), dtype="int32"), "bool")
         if name in ("popcount", "clz"):
             bits = args[0].dtype
-            wide = self.cast(args[0], "int32") if bits in ("int8", "int16", "uint8") else args[0]
-            counted = Value(f"T.{name}({wide.text})", wide.dtype, wide.lanes)
+            wide = self.cast(args[0], "int32") if bits in ("int8", "int16", "uint8", "bool") else args[0]
+            counted = self.helper(f"{name}_{wide.dtype}", wide, dtype=wide.dtype)
             return self.cast(counted, "int32")
         if name in (*IMPORTED, *LIBRARY, "sqrt", "rsqrt"):
             x = args[0] if args[0].dtype == "float64" and not args[0].weak else self.cast(args[0], "float32")
@@ -146,7 +150,7 @@ class Arithmetic:
         if name in BITS:
             return Value(f"T.{BITS[name]}({a.text}, {operands[1].text})", a.dtype, a.lanes)
         if name == "not":
-            return Value(f"T.Not({a.text})" if a.dtype == "bool" else f"T.bitwise_not({a.text})", a.dtype, a.lanes)
+            return self._negated(a) if a.dtype == "bool" else Value(f"T.bitwise_not({a.text})", a.dtype, a.lanes)
         zero = ts.broadcast(ts.constant(0, a.dtype), a.lanes)
         if name == "neg":
             if floating:  # 0 - x loses the sign of zero
@@ -168,11 +172,17 @@ class Arithmetic:
             return self._division(name, *operands)
         raise UnsupportedError(f"the CPU backend has no operation {name!r}", statement=self.statement)
 
+    def _negated(self, a: Value) -> Value:
+        """The negation, by way of bits: TVM takes the negation of a < b for a >= b, wrong for NaN."""
+        bits, one = self.cast(a, "int8"), ts.broadcast(ts.constant(1, "int8"), a.lanes)
+        return self.cast(Value(f"T.bitwise_xor({bits.text}, {one.text})", "int8", a.lanes), "bool")
+
     def _logic(self, name: str, a: Value, b: Value) -> Value:
         if name in ("and", "or"):
             return Value(f"T.{name.capitalize()}({a.text}, {b.text})", "bool", a.lanes)
         if name == "xor":
-            return Value(f"T.Or(T.And({a.text}, T.Not({b.text})), T.And(T.Not({a.text}), {b.text}))", "bool", a.lanes)
+            x, y = self.cast(a, "int8"), self.cast(b, "int8")
+            return self.cast(Value(f"T.bitwise_xor({x.text}, {y.text})", "int8", a.lanes), "bool")
         raise UnsupportedError(f"the CPU backend has no {name!r} of bools", statement=self.statement, hint="cast to an integer first")
 
     def _division(self, name: str, a: Value, b: Value) -> Value:
@@ -186,6 +196,9 @@ class Arithmetic:
             above = f"T.And({rest.text} > {zero.text}, {b.text} < {zero.text})"
             other = f"T.Or({below}, {above})"
             return Value(f"T.Select({other}, {rest.text} + {b.text}, {rest.text})", "float32", rest.lanes)
+        if b.number is None:  # lanes outside an extent hold zeros, and the processor traps
+            zero, one = (ts.broadcast(ts.constant(x, b.dtype), b.lanes) for x in (0, 1))
+            b = Value(f"T.Select({b.text} == {zero.text}, {one.text}, {b.text})", b.dtype, b.lanes)
         function = {"floordiv": "floordiv", "mod": "floormod"}[name]
         return Value(f"T.{function}({a.text}, {b.text})", a.dtype, a.lanes)
 

@@ -95,11 +95,7 @@ LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
     -2.4999993993e-1, 3.3333331174e-1,
 )  # fmt: skip
-TANH_UP = (
-    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
-    1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
-)  # fmt: skip
-TANH_DOWN = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 
 
 def _exp2(cpu: Cpu, n: int) -> str:
@@ -179,17 +175,17 @@ def _log(cpu: Cpu, n: int, base2: bool) -> str:
 
 
 def _tanh(cpu: Cpu, n: int) -> str:
-    """tanh by a rational minimax approximation, exact to a few units in the last place near 0 as well (Eigen's ptanh)."""
+    """tanh after Cephes: a polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose all accuracy."""
     ir = Ir(f"<{n} x float> @tanh_v{n}(<{n} x float> %x)", n)
     f = ir.f
-    high = ir.call(f, f"llvm.minnum.v{n}f32", (f, "%x"), (f, ir.real(7.90531110763549805)))
-    x = ir.call(f, f"llvm.maxnum.v{n}f32", (f, high), (f, ir.real(-7.90531110763549805)))
-    square = ir.op(f"fmul {f} {x}, {x}")
-    up = ir.op(f"fmul {f} {x}, {ir.horner(square, TANH_UP)}")
-    ratio = ir.op(f"fdiv {f} {up}, {ir.horner(square, TANH_DOWN)}")
-    small = ir.op(f"fcmp olt {f} {ir.unary('fabs', '%x')}, {ir.real(0.0004)}")
-    unordered = ir.op(f"fcmp uno {f} %x, %x")
-    return ir.finish(f, ir.select(unordered, "%x", ir.select(small, "%x", ratio)))
+    square = ir.op(f"fmul {f} %x, %x")
+    cube = ir.op(f"fmul {f} %x, {square}")
+    near = ir.fma(cube, ir.horner(square, TANH), "%x")
+    size = ir.unary("fabs", "%x")
+    power = ir.op(f"call {f} @exp_v{n}({f} {ir.op(f'fadd {f} {size}, {size}')})")
+    rest = ir.op(f"fdiv {f} {ir.real(2.0)}, {ir.op(f'fadd {f} {power}, {ir.real(1.0)}')}")
+    far = ir.call(f, f"llvm.copysign.v{n}f32", (f, ir.op(f"fsub {f} {ir.real(1.0)}, {rest}")), (f, "%x"))
+    return ir.finish(f, ir.select(ir.op(f"fcmp olt {f} {size}, {ir.real(0.625)}"), near, far))
 
 
 def _sigmoid(cpu: Cpu, n: int) -> str:
@@ -238,6 +234,22 @@ def _test(cpu: Cpu, n: int, operation: str) -> str:
     return ir.finish(ir.i, ir.op(f"zext <{n} x i1> {truth} to {ir.i}"))
 
 
+def _differ(n: int) -> str:
+    """Whether two floats differ; a NaN differs from everything. The result is 0 or 1."""
+    ir = Ir(f"<{n} x i32> @differ_v{n}(<{n} x float> %x, <{n} x float> %y)", n)
+    return ir.finish(ir.i, ir.op(f"zext <{n} x i1> {ir.op(f'fcmp une {ir.f} %x, %y')} to {ir.i}"))
+
+
+def _count_bits(operation: str, t: str, n: int) -> str:
+    """popcount and clz of integers."""
+    element = LLVM_TYPES[t]
+    kind, suffix, mangled = (f"<{n} x {element}>", f"v{n}", f"v{n}{element}") if n > 1 else (element, "s", element)
+    ir = Ir(f"{kind} @{operation}_{t}_{suffix}({kind} %x)", n)
+    if operation == "popcount":
+        return ir.finish(kind, ir.call(kind, f"llvm.ctpop.{mangled}", (kind, "%x")))
+    return ir.finish(kind, ir.call(kind, f"llvm.ctlz.{mangled}", (kind, "%x"), ("i1", "false")))
+
+
 def _libm(function: str, n: int) -> str:
     """A function of the C library, lane by lane."""
     arity = 2 if function in ("pow", "fmod") else 1
@@ -253,7 +265,7 @@ def _libm(function: str, n: int) -> str:
 
 def _scalar(function: str, n: int, result: str = "float") -> str:
     """The one-element form of a vector helper."""
-    arity = 2 if function in ("pow", "fmod") else 1
+    arity = 2 if function in ("pow", "fmod", "differ") else 1
     operands = ("%x", "%y")[:arity]
     ir = Ir(f"{result} @{function}_s({', '.join(f'float {x}' for x in operands)})", n)
     vectors = [(ir.f, ir.op(f"insertelement {ir.f} zeroinitializer, float {x}, i32 0")) for x in operands]
@@ -409,7 +421,9 @@ def _load_pair() -> str:
     return ir.finish("i32", ir.op("load i32, ptr %p, align 2, !invariant.load !0"))
 
 
-NEEDS = {"sigmoid": ("exp",), "store_bf16": ("round_bf16",), "mstore_bf16": ("round_bf16",)}
+NEEDS = {
+    "sigmoid": ("exp",),
+    "tanh": ("exp",), "store_bf16": ("round_bf16",), "mstore_bf16": ("round_bf16",)}
 SIMPLE = {
     "exp2": _exp2, "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid, "round_bf16": _round_bf16, "round_f16": _round_f16,
     "bits_f16": _bits_f16, "from_bits_f16": _from_bits_f16,
@@ -420,8 +434,11 @@ SIMPLE = {
 def helper_ir(cpu: Cpu, function: str) -> str:
     """The IR that defines `function`, such as `exp2_v16`, `mload_bf16_v16`, `hsum_float32_v16` or the scalar `exp2_s`."""
     stem, _, suffix = function.rpartition("_")
+    operation, _, t = stem.partition("_")
+    if operation in ("popcount", "clz"):
+        return _count_bits(operation, t, 1 if suffix == "s" else int(suffix[1:]))
     if suffix == "s":
-        result = {"isnan": "i32", "isinf": "i32", "isfinite": "i32", "bits_f16": "i16"}.get(stem, "float")
+        result = {"isnan": "i32", "isinf": "i32", "isfinite": "i32", "differ": "i32", "bits_f16": "i16"}.get(stem, "float")
         return _scalar(stem, cpu.lanes, result)
     if function == "load_pair":
         return _load_pair()
@@ -432,6 +449,8 @@ def helper_ir(cpu: Cpu, function: str) -> str:
         return _libm(stem, n)
     if stem in ("isnan", "isinf", "isfinite"):
         return _test(cpu, n, stem)
+    if stem == "differ":
+        return _differ(n)
     if stem in ("log", "log2"):
         return _log(cpu, n, stem == "log2")
     if stem in ("dot_bf16", "pack_bf16"):
@@ -452,7 +471,7 @@ def helpers_ir(cpu: Cpu, functions: tuple[str, ...]) -> str:
 
     def want(function: str) -> None:
         stem, _, suffix = function.rpartition("_")
-        if suffix == "s":
+        if suffix == "s" and not stem.startswith(("popcount", "clz")):
             want(f"{stem}_v{cpu.lanes}")
         for other in NEEDS.get(stem, ()):
             want(f"{other}_{suffix}")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-
 from einfall.backends.base import Source
 from einfall.backends.tvm import TvmCpu
 from einfall.ir.binding import to_torch
@@ -33,7 +32,9 @@ def narrow() -> Target:
 
 
 @cache
-def source_of(program: TileProgram, schedule: Schedule = Schedule(), narrowed: bool = False, strided: frozenset[str] = frozenset()) -> Source:
+def source_of(
+    program: TileProgram, schedule: Schedule = Schedule(), narrowed: bool = False, strided: frozenset[str] = frozenset()
+) -> Source:
     """The emitted source."""
     return TvmCpu().emit(program, schedule, narrow() if narrowed else host(), strided=strided)
 

@@ -190,7 +190,9 @@ def norm_matmul(*, n: int = 64, rows: int = 64, tile: int = 128) -> TileProgram:
     )
     states = (
         LoopState("mu", ("m",), Const(0.0), Tile("mu'")),
-        LoopState("v", ("m",), Const(0.0), op("add", op("add", Tile("v"), op("mul", Start("e"), op("mul", Tile("dmu"), Tile("dmu")))), Tile("v1"))),
+        LoopState(
+            "v", ("m",), Const(0.0), op("add", op("add", Tile("v"), op("mul", Start("e"), op("mul", Tile("dmu"), Tile("dmu")))), Tile("v1"))
+        ),
         LoopState("g", ("n",), Const(0.0), op("add", Tile("g"), Tile("g1"))),
         LoopState("a", ("m", "n"), Const(0.0), Tile("a'")),
     )
@@ -237,10 +239,19 @@ def matmul(*, rows: int = 64, columns: int = 64, tile: int = 128, dtype: DType =
     )  # fmt: skip
 
 
-def elementwise(expr: Expr, inputs: tuple[Tensor, ...], dtype: DType = f32, *, tile: int = 64, scalars: tuple[ScalarDecl, ...] = ()) -> TileProgram:
+def elementwise(
+    expr: Expr, inputs: tuple[Tensor, ...], dtype: DType = f32, *, tile: int = 64, scalars: tuple[ScalarDecl, ...] = ()
+) -> TileProgram:
     """Y[i, j] = expr, a row a task, no loop."""
     return TileProgram(
-        "elementwise", inputs, (output("Y", "i j", dtype),), scalars, (), (GridRank("i", 1), GridRank("j", tile)), (), (Store("Y", idx("i", "j"), expr),)
+        "elementwise",
+        inputs,
+        (output("Y", "i j", dtype),),
+        scalars,
+        (),
+        (GridRank("i", 1), GridRank("j", tile)),
+        (),
+        (Store("Y", idx("i", "j"), expr),),
     )
 
 
@@ -261,9 +272,13 @@ def normalise(*, tile: int = 128) -> TileProgram:
 
 def whole_sum() -> TileProgram:
     """The sum of all elements: no grid, one task, two loops one inside the other."""
-    inner = loop("j", 64, (LoopState("r", (), Const(0.0), op("add", Tile("r"), Tile("s"))),), Reduce("s", (), "sum", ("i", "j"), _both("i", "j")))
+    inner = loop(
+        "j", 64, (LoopState("r", (), Const(0.0), op("add", Tile("r"), Tile("s"))),), Reduce("s", (), "sum", ("i", "j"), _both("i", "j"))
+    )
     outer = loop("i", 8, (LoopState("a", (), Const(0.0), op("add", Tile("a"), Tile("r"))),), inner)
-    return TileProgram("whole_sum", (tensor("X", "i j"),), (TileOutput(Output("S", ()), f32),), (), (), (), (), (outer, Store("S", (), Tile("a"))))
+    return TileProgram(
+        "whole_sum", (tensor("X", "i j"),), (TileOutput(Output("S", ()), f32),), (), (), (), (), (outer, Store("S", (), Tile("a")))
+    )
 
 
 def _both(*ranks: str) -> Expr:
@@ -300,7 +315,14 @@ def exchange() -> TileProgram:
         LoopState("y", (), Const(1.0), op("add", Tile("x"), Tile("y"))),
     )
     return TileProgram(
-        "exchange", (tensor("Z", "p"),), (TileOutput(Output("X", ()), f32),), (), (), (), (), (loop("p", 1, states), Store("X", (), Tile("x")))
+        "exchange",
+        (tensor("Z", "p"),),
+        (TileOutput(Output("X", ()), f32),),
+        (),
+        (),
+        (),
+        (),
+        (loop("p", 1, states), Store("X", (), Tile("x"))),
     )
 
 

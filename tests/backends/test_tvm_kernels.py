@@ -7,9 +7,8 @@ import math
 import programs as p
 import pytest
 import torch
-from kernels import run, strided_copy
-
 from einfall.ir.types import bf16
+from kernels import run, strided_copy
 
 INF = math.inf
 ATTENTION = {

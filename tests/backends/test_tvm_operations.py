@@ -1,0 +1,160 @@
+"""Every operation of the table on the CPU, vector and scalar, with and without AVX-512, against torch in float64."""
+
+from __future__ import annotations
+
+import math
+
+import programs as p
+import pytest
+import torch
+from kernels import run
+
+from einfall.ir.errors import UnsupportedError
+from einfall.ir.expr import OPS, Bitcast, Cast, Const, Op, aligned
+from einfall.ir.types import bf16, boolean, f16, f32, f64, i8, i16, i32, i64, u8
+
+A, B = aligned("A", "i", "j"), aligned("B", "i", "j")
+EDGES = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 126.9, -126.0, -149.0, -151.0, 88.7, 88.8, -87.3, -104.0, 1e-40, -1e-40])
+WIDE = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 4001), torch.logspace(-44, 38, 2000), -torch.logspace(-44, 38, 2000), EDGES])
+FLOAT = {
+    "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2, "log1p": torch.log1p, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
+    "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf, "floor": torch.floor, "ceil": torch.ceil,
+    "round": torch.round, "trunc": torch.trunc, "abs": torch.abs, "sign": torch.sign, "neg": torch.neg, "exact": lambda x: x,
+}  # fmt: skip
+TESTS = {"isnan": torch.isnan, "isinf": torch.isinf, "isfinite": torch.isfinite}
+PAIRS = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "minimum": torch.minimum, "maximum": torch.maximum,
+    "floordiv": lambda a, b: (a / b).floor(), "mod": torch.remainder, "pow": torch.pow,
+}  # fmt: skip
+COMPARE = {"eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
+INTEGER = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"), "mod": torch.remainder,
+    "minimum": torch.minimum, "maximum": torch.maximum, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
+}  # fmt: skip
+TORCH = {f64: torch.float64, f32: torch.float32, f16: torch.float16, bf16: torch.bfloat16, i64: torch.int64, i32: torch.int32, i16: torch.int16}
+TORCH |= {i8: torch.int8, u8: torch.uint8, boolean: torch.bool}
+
+
+def apply(expr, tensors, out, *, narrowed=False, tile=64):
+    """The map `expr` over tensors A (and B) of one row."""
+    names = {t.dtype: d for d, t in ((d, torch.empty(0, dtype=t)) for d, t in TORCH.items())}
+    inputs = tuple(p.tensor(name, "i j", names[t.dtype]) for name, t in tensors.items())
+    program = p.elementwise(expr, inputs, out, tile=tile)
+    return run(program, {name: t[None] for name, t in tensors.items()}, narrowed=narrowed)["Y"][0]
+
+
+def units_apart(actual, expected):
+    """The distance in units in the last place of the rounded result; equal values and NaNs are 0 apart."""
+    rounded = expected.float()
+    same = (actual == rounded) | (actual.isnan() & rounded.isnan())
+    unit = torch.maximum(2.0 ** torch.floor(torch.log2(expected.abs())) * 2**-23, torch.tensor(2.0**-149, dtype=torch.float64))
+    return torch.where(same, 0.0, (actual.double() - expected).abs() / unit)
+
+
+@pytest.mark.parametrize("tile", [64, 1], ids=["vectors", "scalars"])
+@pytest.mark.parametrize("narrowed", [False, True], ids=["host", "avx2"])
+@pytest.mark.parametrize("name", FLOAT)
+def test_functions_of_one_float(name, narrowed, tile):
+    if tile == 1 and narrowed:
+        pytest.skip("the scalar forms are one lane of the vector forms")
+    x = WIDE if tile > 1 else torch.cat([WIDE[::97], EDGES])
+    if name == "sigmoid":
+        x = x[~(x < -87)]  # the exponential overflows, the result is a subnormal
+    actual = apply(Op(name, (A,)), {"A": x}, f32, narrowed=narrowed, tile=tile)
+    assert units_apart(actual, FLOAT[name](x.double())).max() <= 2.5
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_tests_of_floats(name):
+    assert torch.equal(apply(Op(name, (A,)), {"A": WIDE}, boolean), TESTS[name](WIDE))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_functions_of_two_floats(name):
+    a = torch.tensor([7.5, -7.5, 3.0, 0.5, 0.0, 2.0, 9.0, -8.0, 1e20, 0.1])
+    b = torch.tensor([2.0, 2.0, -2.0, 0.5, 3.0, -1.0, 0.5, 3.0, 7.0, -0.3])
+    actual = apply(Op(name, (A, B)), {"A": a, "B": b}, f32)
+    expected = PAIRS[name](a, b) if name in ("mod", "floordiv") else PAIRS[name](a.double(), b.double())
+    assert units_apart(actual, expected.double()).max() <= 1
+
+
+@pytest.mark.parametrize("name", COMPARE)
+def test_comparisons(name):
+    a, b = torch.tensor([1.0, 2.0, math.nan, -math.inf, 0.0]), torch.tensor([2.0, 2.0, 1.0, -math.inf, -0.0])
+    assert torch.equal(apply(Op(name, (A, B)), {"A": a, "B": b}, boolean), COMPARE[name](a, b))
+
+
+@pytest.mark.parametrize("dtype", [i64, i32, i16, i8], ids=str)
+@pytest.mark.parametrize("name", INTEGER)
+def test_integers(name, dtype):
+    a = torch.arange(-50, 50).to(TORCH[dtype])
+    b = (torch.arange(100) % 7 - 3).to(TORCH[dtype])
+    b[b == 0] = 5
+    assert torch.equal(apply(Op(name, (A, B)), {"A": a, "B": b}, dtype), INTEGER[name](a, b))
+
+
+def test_bits():
+    a = torch.tensor([0, 1, 2, 3, 255, 1 << 20, -1, -(1 << 31), 12345678], dtype=torch.int32)
+    three = Const(3)
+    assert torch.equal(apply(Op("shl", (A, three)), {"A": a}, i32), a << 3)
+    assert torch.equal(apply(Op("shr", (A, three)), {"A": a}, i32), a >> 3)
+    assert torch.equal(apply(Op("not", (A,)), {"A": a}, i32), ~a)
+    bits = [bin(int(x) & 0xFFFFFFFF)[2:].zfill(32) for x in a]
+    assert apply(Op("popcount", (A,)), {"A": a}, i32).tolist() == [b.count("1") for b in bits]
+    assert apply(Op("clz", (A,)), {"A": a[1:]}, i32).tolist() == [len(b) - len(b.lstrip("0")) for b in bits[1:]]
+    x = torch.tensor([1.5, -2.25, 0.0, 1e-30])
+    assert torch.equal(apply(Bitcast(A, i32), {"A": x}, i32), x.view(torch.int32))
+    assert torch.equal(apply(Bitcast(A, f32), {"A": x.view(torch.int32)}, f32), x)
+    half = x.bfloat16()
+    assert torch.equal(apply(Bitcast(A, i16), {"A": half}, i16), half.view(torch.int16))
+    assert torch.equal(apply(Bitcast(A, bf16), {"A": half.view(torch.int16)}, bf16), half)
+
+
+def test_bools():
+    a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    for name, fn in {"and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor}.items():
+        assert torch.equal(apply(Op(name, (A, B)), {"A": a, "B": b}, boolean), fn(a, b))
+    assert torch.equal(apply(Op("not", (A,)), {"A": a}, boolean), ~a)
+    x = torch.tensor([1.0, math.nan, 3.0, 4.0])
+    assert torch.equal(apply(Op("not", (Op("lt", (A, Const(2.0))),)), {"A": x}, boolean), ~(x < 2))
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.equal(apply(Op("where", (A, B, Const(-1.0))), {"A": a, "B": x}, f32), torch.where(a, x, -1.0))
+
+
+@pytest.mark.parametrize("source", TORCH, ids=str)
+@pytest.mark.parametrize("result", [f64, f32, f16, bf16, i32, i8, boolean], ids=str)
+def test_casts(source, result):
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0, 100.0, 1.0]).to(TORCH[source])
+    assert torch.equal(apply(Cast(A, result), {"A": x}, result), x.to(TORCH[result]))
+
+
+@pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
+def test_narrow_floats_round_to_nearest_even(dtype):
+    x = torch.cat([torch.linspace(-3, 3, 1001), torch.tensor([1.00390625, 1.01171875, 65504.0, 3.3e38, math.inf, -math.inf, math.nan])])
+    rounded = x.to(TORCH[dtype])
+    torch.testing.assert_close(apply(A, {"A": x}, dtype), rounded, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(apply(Cast(A, dtype), {"A": x}, f32), rounded.float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(apply(A, {"A": rounded}, f32), rounded.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_double_precision():
+    a, b = torch.randn(100, dtype=torch.float64), torch.randn(100, dtype=torch.float64)
+    expr = Op("sqrt", (Op("add", (Op("mul", (A, A)), Op("exp", (Op("sub", (B, Const(0.1))),)))),))
+    torch.testing.assert_close(apply(expr, {"A": a, "B": b}, f64), (a * a + (b - 0.1).exp()).sqrt(), rtol=1e-14, atol=0)
+
+
+def test_what_the_cpu_cannot_do_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match="erf"):
+        apply(Op("erf", (A,)), {"A": torch.zeros(3, dtype=torch.float64)}, f64)
+    from kernels import source_of
+
+    from einfall.ir.types import f8e4m3
+
+    program = p.elementwise(A, (p.tensor("A", "i j", f8e4m3),), f32)
+    with pytest.raises(UnsupportedError, match="statement A"):
+        source_of(program)
+
+
+def test_every_operation_is_covered():
+    tested = {*FLOAT, *TESTS, *PAIRS, *COMPARE, *INTEGER, "shl", "shr", "not", "popcount", "clz", "where"}
+    assert tested == set(OPS)
