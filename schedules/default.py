@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..ir.plan import KernelPlan, Plan
@@ -36,6 +37,8 @@ def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:
     """The tile of each grid rank and of the stream of one kernel."""
     tile: dict[str, int] = dict.fromkeys(roles.units, 1)
     budget = ROWS if roles.contracts else 1
+    if roles.stream is None and not roles.lanes and not roles.contracts:
+        budget = max(1, POINTS_FLAT // math.prod(sizes.get(r, 1) for r in roles.resident))
     for rank in sorted(roles.rows, key=lambda r: -sizes.get(r, ROWS)):
         tile[rank] = min(budget, ceil_power(sizes.get(rank, ROWS)))
         budget = max(1, budget // tile[rank])

@@ -58,10 +58,8 @@ def rank_sizes(program: TileProgram) -> dict[str, int]:
 def complete(program: TileProgram, schedule: Schedule, target: Target) -> Schedule:
     """`schedule` with a layout for every tile and a register tile for every dot. Raises `ScheduleError` if it is not legal."""
     shape = _shape(program, target)
+    _check_layouts(shape, schedule)
     dots = dict(schedule.dot)
-    unknown = set(dots) - {n.dst for n, _ in nodes_of(program.body) if isinstance(n, Dot)}
-    if unknown:
-        raise ScheduleError(f"dot[{sorted(unknown)[0]}]: the program has no such dot", hint=", ".join(shape.tiles))
     layouts = dict(schedule.layout)
     accumulated = _accumulated(program)
     for first in (True, False):
@@ -74,9 +72,9 @@ def complete(program: TileProgram, schedule: Schedule, target: Target) -> Schedu
     for node, _ in nodes_of(program.body):
         if isinstance(node, Dot) and not dots[node.dst].register:
             dots[node.dst] = replace(dots[node.dst], register=_register(shape, node, dots[node.dst].lane))
-    complete_schedule = replace(schedule, layout=tuple(sorted(layouts.items())), dot=tuple(sorted(dots.items())))
-    check_schedule(program, complete_schedule, target)
-    return complete_schedule
+    completed = replace(schedule, layout=tuple(sorted(layouts.items())), dot=tuple(sorted(dots.items())))
+    check_schedule(program, completed, target)
+    return completed
 
 
 def _shape(program: TileProgram, target: Target) -> Shape:
@@ -276,19 +274,24 @@ def padded_sizes(program: TileProgram, schedule: Schedule, lanes: int) -> dict[s
         if rank is not None and rank in multiples and sizes[rank] > 1:
             multiples[rank] = math.lcm(multiples[rank], multiple)
 
-    for _, layout in schedule.layout:
+    for name, layout in schedule.layout:
+        if name not in tiles:
+            continue
         for entry in layout:
             rank, _, number = entry.replace("%", "/").partition("/")
             if number:
                 need(rank, int(number))
         if layout and "%" not in layout[-1]:
-            need(layout[-1].partition("/")[0], lanes)
-    for _, dot in schedule.dot:
+            need(_rank_of(layout[-1]), lanes)
+    for name, dot in schedule.dot:
+        if name not in tiles:
+            continue
         need(dot.lane, lanes)
         for rank, n in dot.register:
             need(rank, n)
-    for _, group in schedule.group:
-        need(group.lane, lanes)
+    for name, group in schedule.group:
+        if name in tiles:
+            need(group.lane, lanes)
     for coords in _accesses(program):
         for rank in sizes:
             if is_adjacent(coords, rank, tiles):
@@ -332,14 +335,22 @@ def check_schedule(program: TileProgram, schedule: Schedule, target: Target) -> 
             chosen = dict(schedule.dot).get(node.dst)
             if chosen is not None:
                 _check_dot(shape, node, chosen)
-    for name, layout in schedule.layout:
-        if name in shape.tiles:
-            ranks = {entry.replace("%", "/").partition("/")[0] for entry in layout}
-            if ranks != set(shape.tiles[name]):
-                raise ScheduleError(
-                    f"layout[{name}] = ({', '.join(layout)})", hint=f"lay out exactly the ranks {', '.join(shape.tiles[name]) or '(none)'}"
-                )
+    _check_layouts(shape, schedule)
     padded_sizes(program, schedule, shape.lanes)
+
+
+def _check_layouts(shape: Shape, schedule: Schedule) -> None:
+    """Entries of other kernels of the same cascade are not looked at."""
+    for name, layout in schedule.layout:
+        if name in shape.tiles and {_rank_of(entry) for entry in layout} != set(shape.tiles[name]):
+            raise ScheduleError(
+                f"layout[{name}] = ({', '.join(layout)})", hint=f"lay out exactly the ranks {', '.join(shape.tiles[name]) or '(none)'}"
+            )
+
+
+def _rank_of(entry: str) -> str:
+    """The rank of a layout's axis `r`, `r/n` or `r%n`."""
+    return entry.replace("%", "/").partition("/")[0]
 
 
 def _check_dot(shape: Shape, dot: Dot, chosen: DotSchedule) -> None:

@@ -58,6 +58,8 @@ def kernel_roles(cascade: Cascade, kernel: KernelPlan, sizes: Mapping[str, int])
             units.append(rank)
         else:
             rows.append(rank)
+    if kernel.stream is None and not rows and not lanes and units:
+        rows.append(units.pop())  # a task of one short row would be lost in the cost of tasks
     grid = {*rows, *units, *lanes, kernel.stream}
     resident = tuple(r for r in all_ranks if r not in grid)
     return Roles(kernel.stream, tuple(rows), tuple(units), tuple(lanes), resident, contracts)
@@ -78,7 +80,7 @@ def _work(kernel: KernelPlan) -> Iterator[tuple[tuple[str, ...], bool]]:
     for s in kernel.statements:
         if s.op is not None:
             yield tuple(dict.fromkeys((*expression_ranks(s.expr), *s.over))), True
-        elif not kernel.stages:
+        elif not kernel.stages and s.out in kernel.outputs:
             yield s.ranks, False
 
 
@@ -128,7 +130,7 @@ def _along_memory(cascade: Cascade, kernel: KernelPlan, rank: str) -> bool:
     """Whether the rank is the contiguous one of an input that is streamed along another rank, or of an output without any stream."""
     table = cascade.tensor_ranks()
     if kernel.stream is None:
-        return any(table[name][-1:] == (rank,) for name in kernel.outputs) and not any(True for _ in _sums(kernel))
+        return any(table[name][-1:] == (rank,) for name in kernel.outputs)
     for read in _input_reads(cascade, kernel):
         ranks = table[read.tensor]
         aligned = [expression_ranks(c) for c in read.coords]

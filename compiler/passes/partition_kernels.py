@@ -9,7 +9,7 @@ Stored tensors with the same stream and grid share a kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from ...ir.cascade import Cascade, Einsum, Statement, defined
@@ -19,7 +19,7 @@ from ...ir.plan import KernelPlan, Stage
 from .graph import definitions, dependencies
 from .stream_reductions import Streamer
 
-RESIDENT_LIMIT = 1024
+RESIDENT_LIMIT, SHORT_LIMIT = 1024, 64
 INNER_LIMIT = 1 << 14
 SHARED_LIMIT = 256
 REPEATED_SIZE, REPEATED_LIMIT = 16, 512  # elements of an inner reduction, elements of the ranks that repeat it
@@ -87,13 +87,15 @@ class _Partitioner:
         mine = set(self._ranks(root))
         candidates: dict[str, None] = {}
         for r in last:
-            for rank in r.over:
-                if rank in mine and self.static.get(rank, RESIDENT_LIMIT + 1) <= RESIDENT_LIMIT:
-                    continue
-                candidates[rank] = None
+            candidates.update({rank: None for rank in r.over if not self._is_short(rank, mine)})
         free = [rank for rank in candidates if not any(self._feeds(rank, r) for r in last if rank not in r.over)]
         ranked = sorted(free or candidates, key=lambda rank: -self.sizes.get(rank, INNER_LIMIT))
         return ranked[0] if ranked else None
+
+    def _is_short(self, rank: str, stored: Container[str]) -> bool:
+        """Whether a rank of constant size is held whole rather than streamed: a block, a group, a window."""
+        size = self.static.get(rank)
+        return size is not None and size <= (RESIDENT_LIMIT if rank in stored else SHORT_LIMIT)
 
     def _last_reductions(self, root: str) -> list[Einsum]:
         """The reductions from which `root` is reached through maps alone."""
@@ -166,7 +168,8 @@ class _Partitioner:
         repeated = math.prod(self.sizes.get(rank, 1) for rank in group.ranks if rank not in s.ranks)
         if size >= REPEATED_SIZE and repeated >= REPEATED_LIMIT:
             return False
-        return size <= INNER_LIMIT and not set(s.over) & (group.ranks | {group.stream})
+        apart = all(rank not in group.ranks or self._is_short(rank, group.ranks) for rank in s.over)
+        return size <= INNER_LIMIT and apart and group.stream not in s.over
 
     def _check_aligned(self, s: Einsum, tensor: str, coords: tuple[object, ...]) -> None:
         source = self.table.get(tensor)
