@@ -1,0 +1,207 @@
+"""Runs cases: compile, check against float64, time in turns with peers and floors, and keep everything that was found."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import einfall as ef
+import torch
+from einfall.compiler.executable import Executable
+
+from benchmarks.cases import Case, Function, Size, cases
+from benchmarks.floors import Floor, bandwidths, floor_ms, micro_kernel, torch_products
+from benchmarks.protocol import ROUNDS, Clock, Samples, Subject, interleave
+
+DEFAULT, TUNED = "einfall", "einfall tuned"
+INDUCTOR, METASCHEDULE = "inductor", "MetaSchedule"
+TORCH_ERRORS, ROUNDINGS = 4.0, 16.0  # how far a result may be off: so many times torch's own error, or so many roundings
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to run. `only` is a pattern such as `*decode*`; `budget_s` bounds the timing of a row by the clock in use."""
+
+    size: Size = "short"
+    only: str = "*"
+    rounds: int = ROUNDS
+    budget_s: float = 12.0
+    inductor: bool = True
+    database: Path | None = None
+    tune: int = 0
+    metaschedule: int = 0
+    one_thread: bool = False
+
+    @property
+    def clock(self) -> Clock:
+        """Wall-clock time, or with one thread the time its processor spent on it."""
+        return time.thread_time if self.one_thread else time.perf_counter
+
+    def chosen(self) -> list[Case]:
+        """The cases that match the pattern."""
+        return [c for c in cases(self.size) if fnmatch.fnmatchcase(c.name, self.only)]
+
+
+@dataclass(slots=True)
+class Row:
+    """What was found about one case. `failed` says why it could not be timed; `skipped` names peers that are missing, and why."""
+
+    name: str
+    group: Literal["prefill", "fused"]
+    dtype: Literal["f32", "bf16"]
+    flops: float
+    bytes: float
+    peers: tuple[str, ...]
+    floors: tuple[tuple[str, str, float], ...] = ()
+    samples: dict[str, Samples] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, raw samples and figures included."""
+        known = {k: v for k, v in asdict(self).items() if k not in ("samples", "floors")}
+        floors = [{"name": name, "kind": kind, "amount": amount} for name, kind, amount in self.floors]
+        return {**known, "floors": floors, "subjects": [s.to_dict() for s in self.samples.values()], "figures": figures(self)}
+
+
+def figures(row: Row) -> dict[str, Any]:
+    """What a row says: rates, the share of the peak, the distance to the floor and to the peers, by medians. Empty if it failed."""
+    if row.failed or DEFAULT not in row.samples:
+        return {}
+    rates = {(kind, name): amount / row.samples[name].median / 1e6 for name, kind, amount in row.floors}
+    peaks: dict[Any, float] = {kind: max(v for (k, _), v in rates.items() if k == kind) for kind, _ in rates}
+    least = floor_ms(row.flops, row.bytes, peaks)
+    found: dict[str, Any] = {"floor_ms": least, "peaks": peaks}
+    timed = [name for name in (*row.peers, INDUCTOR, METASCHEDULE) if name in row.samples]
+    best = min(timed, key=lambda name: row.samples[name].median, default=None)
+    for name in (DEFAULT, TUNED):
+        if name not in row.samples:
+            continue
+        ours = row.samples[name]
+        found[name] = {
+            "ms": ours.median,
+            "spread": ours.spread,
+            "gflops": row.flops / ours.median / 1e6,
+            "gbytes": row.bytes / ours.median / 1e6,
+            "of_peak": row.flops / ours.median / 1e6 / peaks[row.dtype] if row.dtype in peaks else None,
+            "over_floor": ours.median / least if least else None,
+            "speed": {peer: row.samples[peer].median / ours.median for peer in timed},
+            "best_peer": best,
+        }
+    return found
+
+
+class Runner:
+    """Runs rows one after the other and remembers what does not work on this machine. `say` is told of progress."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        self.options = options
+        self.say = say
+        self.kernels = [micro_kernel("f32")]
+        try:
+            self.kernels.append(micro_kernel("bf16"))
+        except ef.UnsupportedError as error:
+            say(f"no bf16 peak: {error}")
+        self.bandwidths = bandwidths()
+        self._inductor_problem = "" if options.inductor else "not asked for"
+
+    def limits(self) -> list[tuple[Floor, Samples]]:
+        """Every floor, measured in turns."""
+        everything = [*self.kernels, *torch_products("f32"), *torch_products("bf16"), *self.bandwidths]
+        samples = interleave([f.subject for f in everything], rounds=self.options.rounds, clock=self.options.clock)
+        return [(f, samples[f.name]) for f in everything]
+
+    def run(self, case: Case) -> Row:
+        """One row. What the compiler refuses or gets wrong is a failed row, not the end of the run."""
+        row = Row(case.name, case.group, case.dtype, case.flops, case.bytes, tuple(name for name, _ in case.peers))
+        tensors = case.tensors()
+        try:
+            executables = self._executables(case, tensors, row)
+        except ef.EinfallError as error:
+            row.failed = str(error)
+            return row
+        allowed = _allowed_error(case, tensors)
+        subjects = []
+        for name, executable in executables.items():
+            error = largest_error(case, tensors, executable(*tensors, **case.scalars))
+            row.kernels[name] |= {"error": error, "allowed_error": allowed}
+            if not error <= allowed:
+                row.failed = f"{name} is wrong: error {error:.3g}, allowed {allowed:.3g}"
+                return row
+            subjects.append(Subject(name, lambda e=executable: e(*tensors, **case.scalars)))
+        subjects += [Subject(name, lambda f=function: f(*tensors)) for name, function in self._peers(case, tensors, row)]
+        floors = [f for f in self.kernels if f.kind == case.dtype]
+        floors += [f for f in self.bandwidths if f.name == "read" and case.group == "fused"]
+        row.floors = tuple((f.name, f.kind, f.amount) for f in floors)
+        subjects += [f.subject for f in floors]
+        row.samples = interleave(subjects, rounds=self.options.rounds, budget_s=self.options.budget_s, clock=self.options.clock)
+        return row
+
+    def _executables(self, case: Case, tensors: Sequence[torch.Tensor], row: Row) -> dict[str, Executable]:
+        """The default schedule's kernel, and that of the database where it knows a better one."""
+        database = self.options.database
+        if database is not None and self.options.tune:
+            self.say(f"tuning {case.name}: {self.options.tune} trials")
+            case.kernel.tune(*tensors, **case.scalars, trials=self.options.tune, database=database)
+        found = {}
+        for name, place in ((DEFAULT, None), (TUNED, database)):
+            if name == TUNED and place is None:
+                continue
+            with ef.configure(database=place):
+                start = time.perf_counter()
+                executable = case.kernel.compile(*tensors, **case.scalars)
+                seconds = time.perf_counter() - start
+            if name == TUNED and executable.schedule == found[DEFAULT].schedule:
+                continue
+            found[name] = executable
+            row.kernels[name] = {"schedule": executable.schedule.to_dict(), "facts": executable.facts, "compile_s": seconds}
+        return found
+
+    def _peers(self, case: Case, tensors: Sequence[torch.Tensor], row: Row) -> list[tuple[str, Function]]:
+        peers = list(case.peers)
+        inductor = self._inductor(case, tensors, row)
+        if inductor is not None:
+            peers.append((INDUCTOR, inductor))
+        if self.options.metaschedule and case.group == "prefill" and case.dtype == "f32":
+            from benchmarks.metaschedule import tuned_attention
+
+            trials = self.options.metaschedule
+            self.say(f"MetaSchedule on {case.name}: {trials} trials")
+            peers.append((METASCHEDULE, tuned_attention(tuple(tensors[0].shape), case.scalars["scale"], causal=case.causal, trials=trials)))
+        return peers
+
+    def _inductor(self, case: Case, tensors: Sequence[torch.Tensor], row: Row) -> Function | None:
+        """The eager function under torch.compile, or None with the reason in the row."""
+        if not self._inductor_problem:
+            torch._dynamo.reset()  # else shapes met before count against the limit of recompilations
+            compiled = torch.compile(case.eager, dynamic=False)
+            try:
+                compiled(*tensors)
+                return compiled
+            except Exception as error:  # whatever torch.compile or its C++ compiler raise, the other peers are still of interest
+                text = str(error).strip() or type(error).__name__
+                self._inductor_problem = text.splitlines()[0][:160]
+                self.say(f"torch.compile does not work here and is left out: {self._inductor_problem}")
+        row.skipped[INDUCTOR] = self._inductor_problem
+        return None
+
+
+def largest_error(case: Case, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> float:
+    """The largest distance of the checked slice from float64; NaN where one side is NaN alone."""
+    got, wanted = case.check(tensors, result)
+    distance = (got.double() - wanted).abs()
+    same = (got.double() == wanted) | (got.isnan() & wanted.isnan())
+    return float(torch.where(same, 0.0, distance).max())
+
+
+def _allowed_error(case: Case, tensors: Sequence[torch.Tensor]) -> float:
+    """A few times what torch's own peer is off, or some roundings of the largest value."""
+    theirs = dict(case.peers).get("eager", case.peers[0][1])(*tensors)
+    _, wanted = case.check(tensors, theirs)
+    rounding = torch.finfo(theirs.dtype).eps * float(wanted.abs().max())
+    return max(TORCH_ERRORS * largest_error(case, tensors, theirs), ROUNDINGS * rounding)
