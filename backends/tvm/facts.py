@@ -11,7 +11,7 @@ from ..base import Artifact
 _LABEL = re.compile(r"^(\.L\w+|[\w.$]+):")
 _JUMP = re.compile(r"^\s+j\w+\s+(\.L\w+)")
 _MULTIPLY = re.compile(r"\s(vfn?m(add|sub)\w*p[sd]|vdpbf16ps|fmla|bfmmla|bfdot)\s")
-_STACK = re.compile(r"\s(vmov\w*|vbroadcast\w*)\s.*\(%r[sb]p.*%[xyz]mm|\s(vmov\w*)\s.*%[xyz]mm\d+,.*\(%r[sb]p")
+_STACK = re.compile(r"\s(vmov\w*|vbroadcast\w*|v\w*p[sd])\s.*\(%r[sb]p\)")  # an indexed address is a tile that happens to lie there
 MULTIPLIES = 8  # a loop with so many is one over a register tile
 
 
@@ -19,7 +19,7 @@ def facts(artifact: Artifact) -> dict[str, Any]:
     """Counts from the assembly of a kernel built in this process; of one loaded from a file nothing is known.
 
     `multiply_loops`: innermost loops of at least 8 vector multiply-adds. `multiplies`: the multiply-adds in them. `spills`: vector
-    moves from or to the stack in them, which register tiles should not need. `allocations`: heap buffers a task asks for.
+    operands on the stack in them, which register tiles should not need. `allocations`: heap buffers a task asks for.
     """
     inspect = getattr(getattr(artifact.module, "mod", None), "inspect_source", None)
     if inspect is None:

@@ -7,15 +7,16 @@ import math
 import programs as p
 import pytest
 import torch
-from kernels import run
-
 from einfall.ir.errors import UnsupportedError
 from einfall.ir.expr import OPS, Bitcast, Cast, Const, Op, aligned
 from einfall.ir.types import bf16, boolean, f16, f32, f64, i8, i16, i32, i64, u8
+from kernels import run
 
 A, B = aligned("A", "i", "j"), aligned("B", "i", "j")
 EDGES = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 126.9, -126.0, -149.0, -151.0, 88.7, 88.8, -87.3, -104.0, 1e-40, -1e-40])
-WIDE = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 4001), torch.logspace(-44, 38, 2000), -torch.logspace(-44, 38, 2000), EDGES])
+WIDE = torch.cat(
+    [torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 4001), torch.logspace(-44, 38, 2000), -torch.logspace(-44, 38, 2000), EDGES]
+)
 FLOAT = {
     "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2, "log1p": torch.log1p, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
     "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf, "floor": torch.floor, "ceil": torch.ceil,
@@ -31,7 +32,15 @@ INTEGER = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"), "mod": torch.remainder,
     "minimum": torch.minimum, "maximum": torch.maximum, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
 }  # fmt: skip
-TORCH = {f64: torch.float64, f32: torch.float32, f16: torch.float16, bf16: torch.bfloat16, i64: torch.int64, i32: torch.int32, i16: torch.int16}
+TORCH = {
+    f64: torch.float64,
+    f32: torch.float32,
+    f16: torch.float16,
+    bf16: torch.bfloat16,
+    i64: torch.int64,
+    i32: torch.int32,
+    i16: torch.int16,
+}
 TORCH |= {i8: torch.int8, u8: torch.uint8, boolean: torch.bool}
 
 
@@ -146,9 +155,8 @@ def test_double_precision():
 def test_what_the_cpu_cannot_do_is_refused_by_name():
     with pytest.raises(UnsupportedError, match="erf"):
         apply(Op("erf", (A,)), {"A": torch.zeros(3, dtype=torch.float64)}, f64)
-    from kernels import source_of
-
     from einfall.ir.types import f8e4m3
+    from kernels import source_of
 
     program = p.elementwise(A, (p.tensor("A", "i j", f8e4m3),), f32)
     with pytest.raises(UnsupportedError, match="statement A"):
