@@ -142,6 +142,19 @@ def test_outputs_may_be_given():
         executable(x, factor=1.0, out=[[1.0] * 6])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("f", [1, 15, 16, 17, 33])
+def test_nothing_is_written_beyond_an_output(f, dtype):
+    """A row of f = 17 ends in a vector of one element: LLVM 22 stores 32 bits for one of 16 if it knows."""
+    q, k, v = (torch.randn(*shape).to(dtype) for shape in ((5, 16), (9, 16), (9, f)))
+    memory = torch.full((5 * f + 64,), 7.0, dtype=dtype)
+    out = memory[32 : 32 + 5 * f].view(5, f)
+    attention(q, k, v, out=out)
+    assert (memory[:32] == 7).all() and (memory[32 + 5 * f :] == 7).all()
+    expected = torch.softmax(q.double() @ k.double().t(), -1) @ v.double()
+    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.05)
+
+
 def test_scalars_are_numbers():
     x = torch.randn(6, 40)
     executable = rows.compile(x)
