@@ -237,14 +237,20 @@ def print_table(console: Console, entries: Sequence[Entry], needed: Needed) -> N
 
 
 def write_picture(path: Path, tuned: Tuned, call: Needed, needed: Needed, entries: Sequence[Entry], machine: Machine) -> None:
-    extents = ", ".join(f"{rank}={extent}" for rank, extent in tuned.dims.items())
+    result = tuned.result
+    title = f"Tuning one call: {', '.join(f'{rank}={extent}' for rank, extent in tuned.dims.items())}, random lengths"
+    if result.default_ms is not None:
+        title += f"\nin turns, at the end: default {result.default_ms:.3g} ms, winner {result.best_ms:.3g} ms"
     times = tuple((entry.name, median(entry.attention_ms)) for entry in entries)
     draw(
-        Tuning(tuned.trials_ms, tuned.trials_ms[0], call.floor_ms, f"Tuning one call: {extents}, random lengths"),
-        Roof(needed.operations, needed.bytes, machine.flops, machine.bandwidth, needed.floor_ms, times, "All layers, in the model"),
+        Tuning(tuned.trials_ms, tuned.trials_ms[0], call.floor_ms, title),
+        Roof(
+            needed.operations, needed.bytes, machine.flops, machine.bandwidth, needed.floor_ms, times,
+            "All layers, in the model\nmedians of interleaved rounds",
+        ),
         f"The attention of all-MiniLM-L6-v2 on {machine.description}, {datetime.date.today().isoformat()}",
         path,
-    )
+    )  # fmt: skip
 
 
 def write_json(path: Path, tuned: Tuned, needed: Needed, entries: Sequence[Entry], machine: Machine) -> None:
