@@ -300,7 +300,7 @@ class Evaluator(Arithmetic):
         index = tuple(array.axis_index(i, coords, self.memory.extents) for i in range(len(array.axes)))
         v = array.element(index) if index else Value(f"{array.name}[()]", array.memory_type)
         if array.memory_type not in (compute, "bool"):
-            v = Value(f'T.Cast("{compute}", {v.text})', compute)
+            v = Value(_converted(v.text, array.memory_type, compute), compute)
         if inside is None or e.fill is None:
             return v
         return self.select(inside, v, self.cast(self.value(e.fill, at, out), compute))
@@ -446,3 +446,11 @@ class Evaluator(Arithmetic):
         """The declared type of an expression."""
         types = {name: a.dtype for name, a in self.memory.arrays.items()} | dict(self.tile_types)
         return expression_type(e, types)[0]
+
+
+def _converted(text: str, memory_type: str, compute: str) -> str:
+    """An element of memory in the type it is computed in. bf16 is widened by its bits: TVM's own legalization misses bound values."""
+    if memory_type == "bfloat16" and compute == "float32":
+        bits = f'T.Cast("uint32", T.reinterpret("uint16", {text}))'
+        return f'T.reinterpret("float32", T.shift_left({bits}, T.uint32(16)))'
+    return f'T.Cast("{compute}", {text})'
