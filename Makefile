@@ -51,6 +51,9 @@ demo: $(VENV)/.installed-models,plots
 
 bench: $(VENV)/.installed-plots
 	$(BIN)/python benchmarks/cpu.py
+	@echo "==> overhead"
+	@mkdir -p out
+	$(BIN)/python benchmarks/overhead.py | tee out/overhead.json
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
