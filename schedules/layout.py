@@ -255,10 +255,17 @@ def _fill_rows(shape: Shape, rows: list[str], fits: object, most: int | None) ->
     chosen, used = {}, 1
     for rank in reversed(rows):
         size = shape.size(rank)
-        best = max(n for n in range(1, size + 1) if size % n == 0 and (most is None or n <= most) and (n == 1 or fits(used * n)))  # type: ignore[operator]
+        options = [n for n in range(1, size + 1) if size % n == 0 and _pads_little(shape, size, n) and (most is None or n <= most)]
+        best = max(n for n in options if n == 1 or fits(used * n))  # type: ignore[operator]
         chosen[rank] = best
         used *= best
     return tuple((rank, chosen[rank]) for rank in rows)
+
+
+def _pads_little(shape: Shape, size: int, rows: int) -> bool:
+    """Whether a rank stays near its size when it is padded to whole rows and, as another tile's lane, to whole vectors."""
+    multiple = math.lcm(rows, shape.lanes)
+    return -(-size // multiple) * multiple <= max(2 * size, 8 * shape.lanes)
 
 
 def padded_sizes(program: TileProgram, schedule: Schedule, lanes: int) -> dict[str, int]:
