@@ -45,7 +45,11 @@ class NameRecorder:
         try:
             yield
         finally:
-            sys.setprofile(previous)
+            if previous is None or callable(previous):
+                sys.setprofile(previous)
+            else:  # cProfile's is no function; it puts itself back
+                sys.setprofile(None)
+                previous.enable()
 
     def _event(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call":

@@ -65,6 +65,20 @@ def test_the_cascade_is_traced_once_for_types_and_static_arguments():
     assert total.trace(dtypes={"X": ef.f16}).inputs[0].dtype == ef.f16
 
 
+def test_a_function_can_be_traced_under_a_profiler():
+    import cProfile
+
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        traced = ef.kernel(total.__wrapped__).cascade
+        sorted([3, 1, 2])
+    finally:
+        profiler.disable()
+    assert traced == total.cascade
+    assert any("sorted" in str(entry.code) for entry in profiler.getstats()), "the profiler goes on after the trace"
+
+
 def test_a_kernel_from_the_text_of_another_is_the_same():
     text = str(attention.cascade)
     again = ef.Kernel.from_cascade(ef.parse(text))
