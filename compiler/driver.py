@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..configuration import current
 from ..ir.cascade import Cascade
 from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedError
 from ..ir.plan import Plan
-from ..ir.tile import TileProgram
+from ..ir.tile import TileProgram, kernel_tiles
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import DiskCache, key_of, package_fingerprint
@@ -140,17 +140,16 @@ def _from_cache(order: Order, key: str, store: DiskCache) -> Executable | None:
 def _part(call: Call, source: Source, name: str, store: DiskCache) -> Part:
     """A kernel from the cache, or built and stored there."""
     entry = store.get("artifact", name)
-    if entry is not None and isinstance(entry.facts.get("facts"), dict):
-        return Part(call, source, entry.facts["facts"], path=entry.file(BINARY))
+    if entry is not None:
+        return Part(call, source, path=entry.file(BINARY))
     backend = backend_for(source.target)
     artifact = backend.build(source)
-    facts = dict(backend.facts(artifact))
     if store.root is not None:
         with tempfile.TemporaryDirectory(prefix="einfall-") as scratch:
             binary = Path(scratch) / BINARY
             backend.save(artifact, binary)
-            store.put("artifact", name, {"facts": facts, "toolchain": list(toolchain())}, {SOURCE: source.text.encode(), BINARY: binary})
-    return Part(call, source, facts, artifact=artifact)
+            store.put("artifact", name, {"toolchain": list(toolchain())}, {SOURCE: source.text.encode(), BINARY: binary})
+    return Part(call, source, artifact=artifact)
 
 
 def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
@@ -165,6 +164,7 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
     plan = make_plan(order.cascade, order.sizes, repeat=frozenset() if schedule is None else schedule.repeated)
     chosen = default_schedule(plan, order.sizes, order.target) if schedule is None else schedule
     programs = lower(plan, chosen, order.sizes)
+    _check_names(plan, programs, chosen)
     if current().debug:
         from ..ir.check import check_program
 
@@ -172,6 +172,24 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
             _say("tile program", program)
             check_program(program)
     return Lowered(plan, chosen, programs, tuple(backend.emit(p, chosen, order.target, strided=order.strided) for p in programs))
+
+
+def _check_names(plan: Plan, programs: Sequence[TileProgram], schedule: Schedule) -> None:
+    """Raise `ScheduleError` for an entry of a schedule that names nothing: it would be ignored, not obeyed."""
+    tiles = [tile for program in programs for tile in kernel_tiles(program.body)]
+    ranks = list(plan.cascade.all_ranks())
+    ranks_of_kernels = [*ranks, *(f"{kernel.name}.{rank}" for kernel in plan.kernels for rank in ranks)]
+    for table, entries, known, hint in (
+        ("tile", schedule.tile, ranks_of_kernels, ranks),
+        ("stream", schedule.stream, ranks_of_kernels, ranks),
+        ("layout", schedule.layout, tiles, tiles),
+        ("dot", schedule.dot, tiles, tiles),
+        ("group", schedule.group, tiles, tiles),
+    ):
+        for name, _ in entries:
+            if name not in known:
+                what = "rank" if hint is ranks else "tile"
+                raise ScheduleError(f"{table}[{name}] names no {what} of {plan.cascade.name}", hint=f"its {what}s are {', '.join(hint)}")
 
 
 def machine_text(target: Target) -> str:

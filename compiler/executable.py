@@ -98,9 +98,18 @@ class Part:
 
     call: Call
     source: Source
-    facts: Mapping[str, Any]
+    known: Mapping[str, Any] | None = None
     artifact: Artifact | None = None
     path: Path | None = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is known of the binary. Worked out when it is asked for, which costs as much as a part of the build."""
+        if self.known is None:
+            backend = backend_for(self.source.target)
+            built = self.artifact if self.artifact is not None and self.path is None else backend.build(self.source)
+            self.known = dict(backend.facts(built))
+        return self.known
 
     def restored(self) -> Artifact:
         """The binary in memory. Raises `BuildError` if its file cannot be loaded."""

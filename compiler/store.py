@@ -43,7 +43,7 @@ def toolchain() -> tuple[str, ...]:
 
 
 def manifest(executable: Executable, kernels: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is to be known of an executable beside its files. `kernels` names the files of each kernel."""
+    """What is to be known of an executable beside its files. `kernels` has the files of each kernel, and its facts if they are wanted."""
     return {
         "format": FORMAT,
         "toolchain": list(toolchain()),
@@ -53,7 +53,7 @@ def manifest(executable: Executable, kernels: list[dict[str, Any]]) -> dict[str,
         "sizes": dict(executable.sizes),
         "strided": sorted(executable.strided),
         "kernels": [
-            {"call": part.call.to_dict(), "entry": part.source.entry, "facts": dict(part.facts), **files}
+            {"call": part.call.to_dict(), "entry": part.source.entry, **files}
             for part, files in zip(executable.parts, kernels, strict=True)
         ],
     }
@@ -74,7 +74,7 @@ def executable_of(facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], s
     for kernel in facts["kernels"]:
         text = file(kernel, "source").read_text(encoding="utf-8")
         source = Source.make(text, str(kernel["entry"]), target)
-        parts.append(Part(Call.from_dict(kernel["call"]), source, dict(kernel["facts"]), path=file(kernel, "binary")))
+        parts.append(Part(Call.from_dict(kernel["call"]), source, kernel.get("facts"), path=file(kernel, "binary")))
     if cascade is None:
         from ..ir.text import parse_cascade
 
@@ -100,7 +100,7 @@ def save_executable(executable: Executable, folder: str | Path) -> Path:
                 name = f"{number}_{re.sub(r'[^A-Za-z0-9_]', '_', part.call.kernel)}"
                 files[f"{name}.py"] = part.source.text.encode()
                 files[f"{name}.so"] = part.binary(Path(beside) / f"{name}.so")
-                kernels.append({"source": f"{name}.py", "binary": f"{name}.so"})
+                kernels.append({"source": f"{name}.py", "binary": f"{name}.so", "facts": dict(part.facts)})
             write_entry(Path(beside) / "entry", manifest(executable, kernels), files)
             if place.exists():
                 os.rename(place, Path(beside) / "before")
