@@ -11,7 +11,7 @@ import torch
 from ..ir.binding import bind_sizes, from_torch, to_torch
 from ..ir.cascade import Axis, Cascade
 from ..ir.errors import BindingError
-from ..ir.types import DType
+from ..ir.types import DTYPES, DType
 from .scalars import converter
 
 
@@ -48,9 +48,17 @@ def complete_sizes(cascade: Cascade, dims: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def types_of(given: Mapping[str, object]) -> dict[str, DType]:
-    """The element types of the tensors among `given`. Raises `BindingError` for a type that einfall does not have."""
-    return {name: from_torch(value.dtype) for name, value in given.items() if isinstance(value, torch.Tensor)}
+def types_of(given: Mapping[str, object], kernel: str) -> dict[str, DType]:
+    """The element types of the tensors among `given`. Raises `BindingError` naming one of a type that einfall does not have."""
+    types = {}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            try:
+                types[name] = from_torch(value.dtype)
+            except BindingError:
+                hint = "one of " + ", ".join(DTYPES)
+                raise BindingError(f"{name} is of {value.dtype}, a type that kernels do not have", cascade=kernel, hint=hint) from None
+    return types
 
 
 def shape_of(axes: Sequence[Axis], sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ class Definition:
 
         parameters = self.parameters
         given = {**dict(zip(parameters.tensors, tensors, strict=False)), **{n: v for n, v in named.items() if n in parameters.tensors}}
-        types = types_of(given) if self._given is None else {}
+        types = types_of(given, self.name) if self._given is None else {}
         static_names = {name for name, _ in parameters.static}
         static = self.static({name: value for name, value in named.items() if name in static_names})
         cascade = self.trace(types, static)
