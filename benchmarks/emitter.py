@@ -25,7 +25,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "backends"))
 import programs
-
 from einfall.backends.base import Source
 from einfall.backends.tvm import TvmCpu
 from einfall.backends.tvm.build import build, load
@@ -39,8 +38,8 @@ Run = Callable[[], object]
 
 def peak_source(bf16_dot: bool, lanes: int) -> Source:
     """A register tile of 8 x 2 vectors over operands that stay in the first cache: what a contraction could reach."""
-    from einfall.backends.tvm.vector_math import helpers_ir
     from einfall.backends.tvm.cpu import cpu_of
+    from einfall.backends.tvm.vector_math import helpers_ir
 
     target = load_target("cpu")
     kind = "int32" if bf16_dot else "float32"
@@ -79,9 +78,9 @@ def peak(bf16_dot: bool) -> tuple[Run, float]:
     return (lambda: kernel(a, b, c)), 2.0 * (2 if bf16_dot else 1) * 64 * 200 * 256 * 8 * 2 * lanes
 
 
-def kernel_of(program: TileProgram, schedule: Schedule = Schedule()) -> Callable[..., object]:
+def kernel_of(program: TileProgram, schedule: Schedule | None = None) -> Callable[..., object]:
     backend = TvmCpu()
-    return backend.load(backend.build(backend.emit(program, schedule, load_target("cpu"))))
+    return backend.load(backend.build(backend.emit(program, schedule or Schedule(), load_target("cpu"))))
 
 
 def attention(h: int, s: int, d: int, causal: bool, dtype: torch.dtype) -> tuple[dict[str, Run], float]:
@@ -183,13 +182,20 @@ def main() -> None:
         best = {name: min(times) for name, times in samples.items()}
         middle = {name: statistics.median(times) for name, times in samples.items()}
         work = {name: ceiling if name == "micro-kernel" else operations for name in samples}
-        report[case] = {name: {"gflops": work[name] / middle[name] / 1e9, "best_gflops": work[name] / best[name] / 1e9, "seconds": samples[name]} for name in samples}
+        report[case] = {
+            name: {"gflops": work[name] / middle[name] / 1e9, "best_gflops": work[name] / best[name] / 1e9, "seconds": samples[name]}
+            for name in samples
+        }
         top = work["micro-kernel"] / best["micro-kernel"]
         print(case)
         for name in samples:
-            ratio = f"  {middle[name] / middle['einfall']:5.2f}x slower" if name not in ("einfall", "micro-kernel") else ""
-            share = f"  {work[name] / best[name] / top:4.0%} of the micro-kernel" if name == "einfall" else ""
-            print(f"  {name:24s} {middle[name] * 1e3:9.2f} ms  {work[name] / middle[name] / 1e9:7.1f} GFLOP/s (best {work[name] / best[name] / 1e9:6.1f}){ratio}{share}", flush=True)
+            rate, fastest = work[name] / middle[name] / 1e9, work[name] / best[name] / 1e9
+            line = f"  {name:24s} {middle[name] * 1e3:9.2f} ms  {rate:7.1f} GFLOP/s (best {fastest:6.1f})"
+            if name == "einfall":
+                line += f"  {work[name] / best[name] / top:4.0%} of the micro-kernel"
+            elif name != "micro-kernel":
+                line += f"  {middle[name] / middle['einfall']:5.2f}x as long"
+            print(line, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "cases": report}, indent=1))
 

@@ -8,7 +8,7 @@ registers  rows x vectors such that accumulators, one column of vectors and a br
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..ir.errors import ScheduleError
@@ -250,22 +250,15 @@ def _vectors(shape: Shape, dot: Dot, lane: str) -> int:
     return best
 
 
-def _fill_rows(shape: Shape, rows: list[str], fits: object, most: int | None) -> tuple[tuple[str, int], ...]:
-    """Rows a register tile covers, from the innermost rank outwards."""
+def _fill_rows(shape: Shape, rows: list[str], fits: Callable[[int], bool], most: int | None) -> tuple[tuple[str, int], ...]:
+    """Rows a register tile covers, from the innermost rank outwards: powers of two, which pad a rank by a third at most."""
     chosen, used = {}, 1
     for rank in reversed(rows):
         size = shape.size(rank)
-        options = [n for n in range(1, size + 1) if size % n == 0 and _pads_little(shape, size, n) and (most is None or n <= most)]
-        best = max(n for n in options if n == 1 or fits(used * n))  # type: ignore[operator]
-        chosen[rank] = best
-        used *= best
+        counts = [n for n in (1, 2, 4, 8, 16) if (most is None or n <= most) and 3 * -(-size // n) * n <= 4 * size]
+        chosen[rank] = max(n for n in counts if n == 1 or fits(used * n))
+        used *= chosen[rank]
     return tuple((rank, chosen[rank]) for rank in rows)
-
-
-def _pads_little(shape: Shape, size: int, rows: int) -> bool:
-    """Whether a rank stays near its size when it is padded to whole rows and, as another tile's lane, to whole vectors."""
-    multiple = math.lcm(rows, shape.lanes)
-    return -(-size // multiple) * multiple <= max(2 * size, 8 * shape.lanes)
 
 
 def padded_sizes(program: TileProgram, schedule: Schedule, lanes: int) -> dict[str, int]:

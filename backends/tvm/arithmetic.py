@@ -62,6 +62,8 @@ class Arithmetic:
         if v.dtype == "bool":
             one, zero = (ts.broadcast(ts.constant(x, dtype), v.lanes) for x in (1, 0))
             return Value(f"T.Select({v.text}, {one.text}, {zero.text})", dtype, v.lanes)
+        if v.dtype == "int32" and dtype == "float32":  # not by T.Cast: TVM's analyser takes floats it knows the bounds of for integers
+            return self.helper("float_int32", v, dtype=dtype)
         return Value(f'T.Cast("{type_name}", {v.text})', dtype, v.lanes)
 
     def unify(self, *values: Value) -> list[Value]:

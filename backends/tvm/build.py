@@ -17,6 +17,9 @@ from ...ir.errors import BuildError
 from ..base import Artifact, Source
 from .cpu import cpu_of
 
+# storage rewriting merges register tiles with other buffers, which then stay in memory; LLVM finds common subexpressions itself
+PASSES = {"tirx.disable_storage_rewrite": True, "tirx.disable_cse_tir": True}
+
 
 def build(source: Source) -> Artifact:
     """Compiles a source for the processor of its target. Raises `BuildError` with TVM's words."""
@@ -29,7 +32,7 @@ def build(source: Source) -> Artifact:
     mcpu = cpu.mcpu or tvm.target.codegen.llvm_get_system_cpu()
     try:
         parsed = parse(function, extra_vars={"T": tirx, **constants})
-        with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):  # it merges register tiles with other buffers
+        with tvm.transform.PassContext(config=PASSES):
             module = tvm.compile(parsed, target={"kind": "llvm", "mcpu": mcpu, "num-cores": source.target.threads})
     except Exception as error:  # TVM raises half a dozen unrelated classes; all of them mean that the source was refused
         raise BuildError(

@@ -436,9 +436,7 @@ def _load_pair() -> str:
     return ir.finish("i32", ir.op("load i32, ptr %p, align 2, !invariant.load !0"))
 
 
-NEEDS = {
-    "sigmoid": ("exp",),
-    "tanh": ("exp",), "store_bf16": ("round_bf16",), "mstore_bf16": ("round_bf16",)}
+NEEDS = {"sigmoid": ("exp",), "tanh": ("exp",), "store_bf16": ("round_bf16",), "mstore_bf16": ("round_bf16",)}
 SIMPLE = {
     "exp2": _exp2, "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid, "round_bf16": _round_bf16, "round_f16": _round_f16,
     "bits_f16": _bits_f16, "from_bits_f16": _from_bits_f16,

@@ -14,6 +14,7 @@ from einfall.ir.tile import TileProgram
 from einfall.schedules.schedule import Schedule
 from einfall.schedules.target import Target, load_target
 
+DEFAULT = Schedule()
 GUARD = 67  # elements before and after every output, odd so that outputs are not aligned to vectors
 
 
@@ -32,22 +33,20 @@ def narrow() -> Target:
 
 
 @cache
-def source_of(
-    program: TileProgram, schedule: Schedule = Schedule(), narrowed: bool = False, strided: frozenset[str] = frozenset()
-) -> Source:
+def source_of(program: TileProgram, schedule: Schedule = DEFAULT, narrowed: bool = False, strided: frozenset[str] = frozenset()) -> Source:
     """The emitted source."""
     return TvmCpu().emit(program, schedule, narrow() if narrowed else host(), strided=strided)
 
 
 @cache
-def kernel_of(program: TileProgram, schedule: Schedule = Schedule(), narrowed: bool = False, strided: frozenset[str] = frozenset()):
+def kernel_of(program: TileProgram, schedule: Schedule = DEFAULT, narrowed: bool = False, strided: frozenset[str] = frozenset()):
     """The built kernel, once a program and schedule."""
     backend = TvmCpu()
     return backend.load(backend.build(source_of(program, schedule, narrowed, strided)))
 
 
 def run(
-    program: TileProgram, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, float] = {}, *, schedule: Schedule = Schedule(),
+    program: TileProgram, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, float] = {}, *, schedule: Schedule = DEFAULT,
     narrowed: bool = False, strided: frozenset[str] = frozenset(), sizes: Mapping[str, int] | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The outputs of a launch; raises `AssertionError` if anything beside them was written."""

@@ -12,7 +12,8 @@ from kernels import run, strided_copy
 
 INF = math.inf
 ATTENTION = {
-    "full": {}, "causal": {"causal": True}, "window": {"window": 40}, "odd_heads": {"e": 33, "f": 80, "causal": True}, "heads_of_one": {"e": 1, "f": 1},
+    "full": {}, "causal": {"causal": True}, "window": {"window": 40}, "odd_heads": {"e": 33, "f": 80, "causal": True},
+    "heads_of_one": {"e": 1, "f": 1},
     "few_rows": {"rows": 4, "tile": 64}, "odd_tiles": {"rows": 7, "tile": 48, "causal": True},
 }  # fmt: skip
 EXTENTS = [(1, 1), (64, 128), (70, 131), (5, 257), (131, 67)]

@@ -18,9 +18,10 @@ WIDE = torch.cat(
     [torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 4001), torch.logspace(-44, 38, 2000), -torch.logspace(-44, 38, 2000), EDGES]
 )
 FLOAT = {
-    "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2, "log1p": torch.log1p, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
-    "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf, "floor": torch.floor, "ceil": torch.ceil,
-    "round": torch.round, "trunc": torch.trunc, "abs": torch.abs, "sign": torch.sign, "neg": torch.neg, "exact": lambda x: x,
+    "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "log2": torch.log2, "log1p": torch.log1p, "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt, "sin": torch.sin, "cos": torch.cos, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "erf": torch.erf,
+    "floor": torch.floor, "ceil": torch.ceil, "round": torch.round, "trunc": torch.trunc, "abs": torch.abs, "sign": torch.sign,
+    "neg": torch.neg, "exact": lambda x: x,
 }  # fmt: skip
 TESTS = {"isnan": torch.isnan, "isinf": torch.isinf, "isfinite": torch.isfinite}
 PAIRS = {
@@ -29,8 +30,9 @@ PAIRS = {
 }  # fmt: skip
 COMPARE = {"eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
 INTEGER = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"), "mod": torch.remainder,
-    "minimum": torch.minimum, "maximum": torch.maximum, "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "minimum": torch.minimum, "maximum": torch.maximum, "mod": torch.remainder,
+    "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"), "and": torch.bitwise_and, "or": torch.bitwise_or,
+    "xor": torch.bitwise_xor,
 }  # fmt: skip
 TORCH = {
     f64: torch.float64,
