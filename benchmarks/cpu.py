@@ -21,7 +21,7 @@ if not __package__:  # run as a script: the folder above holds the package `benc
 @click.option("--size", type=click.Choice(["tiny", "short", "full"]), default="short", help="tiny proves only that everything runs")
 @click.option("--only", default="*", help="rows whose name matches this pattern, such as '*decode*'")
 @click.option("--rounds", type=click.IntRange(3), default=15, help="samples of each subject")
-@click.option("--budget", type=float, default=12.0, help="seconds a row is timed at most, warm-up apart")
+@click.option("--budget", type=float, default=8.0, help="seconds a row is timed at most, warm-up apart")
 @click.option("--inductor/--no-inductor", default=True, help="time the eager function under torch.compile as well")
 @click.option("--database", "database", type=click.Path(path_type=Path), default=None, help="tuned schedules to time beside the default")
 @click.option("--tune", type=click.IntRange(0), default=0, help="trials of tuning before a row is timed, recorded in the database")
@@ -69,6 +69,8 @@ def main(
         for number, case in enumerate(chosen, 1):
             status.update(f"{number}/{len(chosen)} {case.name}")
             rows.append(runner.run(case))
+            if not sys.stdout.isatty():
+                console.print(f"{number}/{len(chosen)} {report.line(rows[-1])}", highlight=False)
     for group in report.TITLES:
         if any(row.group == group for row in rows):
             console.print(report.rows_table(rows, group))

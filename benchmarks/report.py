@@ -44,6 +44,16 @@ def rows_table(rows: Sequence[Row], group: str) -> Table:
     return table
 
 
+def line(row: Row) -> str:
+    """A row in short, for a log."""
+    found = figures(row)
+    if not found:
+        return f"{row.name}: failed, {row.failed.splitlines()[0] if row.failed else 'not timed'}"
+    ours = found.get(TUNED) or found[DEFAULT]
+    speeds = ", ".join(f"{_times(ratio)} {peer}" for peer, ratio in ours["speed"].items())
+    return f"{row.name}: {ours['ms']:.2f} ms, {_percent(ours['of_peak'])} of the peak, {speeds}"
+
+
 def _cells(row: Row, others: bool) -> list[str]:
     found = figures(row)
     if not found:
@@ -110,6 +120,7 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
         y += 1
     axes.axvline(1, color="#888888", lw=0.8)
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("speed, as a multiple of the first peer (torch SDPA for attention)")
     versions = machine.get("versions", {})

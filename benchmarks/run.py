@@ -29,7 +29,7 @@ class Options:
     size: Size = "short"
     only: str = "*"
     rounds: int = ROUNDS
-    budget_s: float = 12.0
+    budget_s: float = 8.0
     inductor: bool = True
     database: Path | None = None
     tune: int = 0

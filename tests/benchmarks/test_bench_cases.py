@@ -97,6 +97,15 @@ def test_figures_of_made_up_samples(root_on_path):
     assert figures(failed) == {}
 
 
+def test_a_row_in_short(root_on_path):
+    from benchmarks.report import line
+
+    assert line(made_up_row()) == "a row: 10.00 ms, 80% of the peak, 2.00× SDPA, 4.00× eager"
+    failed = made_up_row()
+    failed.failed = "einfall is wrong: error 1\nmore"
+    assert line(failed) == "a row: failed, einfall is wrong: error 1"
+
+
 def test_a_kernel_that_is_wrong_is_a_failed_row(tiny, monkeypatch, root_on_path, tmp_path):
     import einfall as ef
 
