@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ...ir.expr import Expr, reads
+from ...ir.expr import Expr, Read, reads
 from ...ir.infer import expression_ranks
 from ...ir.tile import Dot, Map, Reduce, Store, TileProgram
 from ...schedules.schedule import DotSchedule, GroupSchedule
@@ -106,11 +106,19 @@ class Kernel:
         for name in sorted(tiles_read(row)):
             if set(space) <= set(self.ranks[name]) and self.buffers[name].lane in space:
                 return self.buffers[name].lane
-        for read in reads(row.expr):
-            for rank in reversed(space):
+        accesses = list(reads(row.expr))
+        fewest = min(self._gathers(accesses, rank) for rank in space)
+        best = [rank for rank in space if self._gathers(accesses, rank) == fewest]
+        for read in accesses:
+            for rank in reversed(best):
                 if self._moves(read.tensor, read.coords, rank):
                     return rank
-        return space[-1]
+        return best[-1]
+
+    def _gathers(self, accesses: list[Read], rank: str) -> int:
+        """How many reads would gather element by element if vectors lay along `rank`."""
+        varying = [r for r in accesses if any(rank in expression_ranks(c, self.ranks) for c in r.coords)]
+        return sum(1 for r in varying if not self._moves(r.tensor, r.coords, rank))
 
     def _moves(self, tensor: str, coords: tuple[Expr, ...], rank: str) -> bool:
         array = self.memory.arrays[tensor]
