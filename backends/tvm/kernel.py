@@ -91,7 +91,7 @@ class Kernel:
         return RowInfo(ranks, over, self._lane(row, ranks, over), points)
 
     def _lane(self, row: Row, ranks: tuple[str, ...], over: tuple[str, ...]) -> str | None:
-        space = tuple(r for r in (*ranks, *over) if self.places[r].size > 1)
+        space = tuple(r for r in (*ranks, *over) if self.places[r].size > 1 and self.places[r].padded % self.cpu.lanes == 0)
         if not space:
             return None
         named = row.tensor if isinstance(row, Store) else row.dst
