@@ -50,6 +50,7 @@ class Case:
     bytes: float
     scalars: Mapping[str, float] = field(default_factory=dict)
     causal: bool = False
+    shape: tuple[int, ...] = ()
 
     @property
     def eager(self) -> Function:
@@ -110,6 +111,7 @@ def attention_case(dtype: Literal["f32", "bf16"], sequence: int, width: int, *, 
         bytes=4.0 * math.prod(shape) * t.itemsize,
         scalars={"scale": scale},
         causal=causal,
+        shape=shape,
     )
 
 

@@ -167,13 +167,26 @@ class Runner:
         inductor = self._inductor(case, tensors, row)
         if inductor is not None:
             peers.append((INDUCTOR, inductor))
-        if self.options.metaschedule and case.group == "prefill" and case.dtype == "f32":
-            from benchmarks.metaschedule import tuned_attention
-
-            trials = self.options.metaschedule
-            self.say(f"MetaSchedule on {case.name}: {trials} trials")
-            peers.append((METASCHEDULE, tuned_attention(tuple(tensors[0].shape), case.scalars["scale"], causal=case.causal, trials=trials)))
+        searched = self._metaschedule(case, row) if self.options.metaschedule else None
+        if searched is not None:
+            peers.append((METASCHEDULE, searched))
         return peers
+
+    def _metaschedule(self, case: Case, row: Row) -> Function | None:
+        """What MetaSchedule finds for f32 prefill attention, or None with the reason in the row."""
+        if case.group != "prefill" or case.dtype != "f32":
+            row.skipped[METASCHEDULE] = "searched for f32 prefill attention only"
+            return None
+        from benchmarks.metaschedule import tuned_attention
+
+        trials = self.options.metaschedule
+        self.say(f"MetaSchedule on {case.name}: {trials} trials")
+        try:
+            return tuned_attention(case.shape, case.scalars["scale"], causal=case.causal, trials=trials)
+        except Exception as error:  # its workers may time out or die on a busy machine; the other peers are still of interest
+            row.skipped[METASCHEDULE] = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            self.say(f"MetaSchedule found nothing: {row.skipped[METASCHEDULE]}")
+            return None
 
     def _inductor(self, case: Case, tensors: Sequence[torch.Tensor], row: Row) -> Function | None:
         """The eager function under torch.compile, or None with the reason in the row."""

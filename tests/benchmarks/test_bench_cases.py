@@ -137,6 +137,37 @@ def test_a_kernel_that_is_wrong_is_a_failed_row(tiny, monkeypatch, root_on_path,
     assert runner.run(case).failed.startswith("no such thing")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_program_that_metaschedule_is_given_is_attention(root_on_path, causal):
+    import tvm
+
+    from benchmarks.metaschedule import unfused_attention
+
+    shape, scale = (1, 2, 24, 16), 0.3
+    function = tvm.compile(unfused_attention(shape, scale, causal=causal), target={"kind": "llvm"})["main"]
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    result = torch.empty(shape)
+    function(q, k, v, result)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    assert torch.allclose(result, wanted, atol=1e-5)
+
+
+def test_a_search_that_fails_is_a_peer_that_is_missing(tiny, root_on_path, monkeypatch):
+    from benchmarks import metaschedule, run
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("the workers died\nwith a long account")
+
+    monkeypatch.setattr(metaschedule, "tuned_attention", fail)
+    runner = run.Runner.__new__(run.Runner)
+    runner.options, runner.say, runner._inductor_problem = run.Options(size="tiny", metaschedule=4), print, "not asked for"
+    wanted = {"f32 H2 S64 D64 full": "the workers died", "f32 log-sum-exp 8 x 300": "searched for f32 prefill attention only"}
+    for name, reason in wanted.items():
+        case, row = tiny[name], made_up_row()
+        peers = runner._peers(case, case.tensors(), row)
+        assert [n for n, _ in peers] == [n for n, _ in case.peers] and row.skipped["MetaSchedule"] == reason
+
+
 def bench(*arguments, cwd):
     """`python benchmarks/cpu.py ...` in a process of its own: thread settings must stand before torch is imported."""
     environment = {**os.environ, "EINFALL_CACHE": str(cwd / "cache"), "EINFALL_DB": ""}
