@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...ir.expr import Expr, Masked, Start, walk
 from ...ir.tile import Dot, GridRank, Loop, Store, TileProgram
@@ -29,6 +29,7 @@ from .tiles import TileBuffer, tile_buffer
 from .vector_math import helpers_ir
 
 ENTRY = "main"
+SHORT = 100  # lines of a task's body that may stand twice
 
 
 def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: frozenset[str] = frozenset()) -> Source:
@@ -296,14 +297,26 @@ def _function(kernel: Kernel, schedule: Schedule, starts: Mapping[str, Value], t
         body += inner
         inner = body
     else:
-        body.append(For("task", ts.integer(0), total, "T.parallel", inner))
         _spread(kernel, schedule, starts, counts, ts.name("task", total.dtype), inner)
     for axis in program.grid:
         if axis.tile > 1:
             inner.append(Let(kernel.places[axis.rank].start.text, _int64(ts.mul(starts[axis.rank], ts.integer(axis.tile)))))
     inner += task
+    if total.number != 1:
+        body += _tasks(kernel, total, inner)
     block = [ts.With('T.attr(T.int32(0), "pragma_import_llvm", LL)', body)] if kernel.evaluator.helpers else body
     return lines + render(block, 1)
+
+
+def _tasks(kernel: Kernel, total: Value, inner: list[Statement]) -> list[Statement]:
+    """The parallel loop. Entering it takes as long as a small kernel, so a short body also stands alone for when there is one task."""
+    parallel = For("task", ts.integer(0), total, "T.parallel", inner)
+    if total.number is not None or len(render(inner)) > SHORT:
+        return [parallel]
+    named: list[Statement] = []
+    tasks = _named(kernel, total, "tasks", named)
+    alone = ts.If(Value(f"{tasks.text} == 1", "bool"), [Let("task", Value("T.int64(0)", "int64")), *inner])
+    return [*named, alone, ts.If(Value(f"{tasks.text} != 1", "bool"), [replace(parallel, end=tasks)])]
 
 
 def _count_tiles(kernel: Kernel, axis: GridRank, out: list[Statement]) -> Value:
