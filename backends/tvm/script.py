@@ -175,11 +175,6 @@ def ramp(base: Value, lanes: int) -> Value:
     return base if lanes == 1 else Value(f"T.ramp({base.text}, 1, {lanes})", base.dtype, lanes)
 
 
-def call(function: str, *args: Value, dtype: str, lanes: int = 1) -> Value:
-    """A call of a `T.` operation."""
-    return Value(f"T.{function}({', '.join(a.text for a in args)})", dtype, lanes)
-
-
 def extern(function: str, *args: Value, dtype: str, lanes: int = 1) -> Value:
     """A call of an imported helper."""
     result = Value("", dtype, lanes).type_name
