@@ -1,10 +1,10 @@
 """The CPU emitter's speed on hand-written tile programs: GFLOP/s, the ratio to torch, the distance to a register-tile micro-kernel.
 
-    python benchmarks/emitter.py [CASE ...] [--repeats 9] [--json FILE]
+    python benchmarks/emitter.py [CASE ...] [--repeats 9] [--one-thread] [--json FILE]
 
 Everything of a case is measured in one process, repeats interleaved, median and least time of each. The thread settings are made
 before torch is imported: spinning OpenMP threads would halve a kernel that follows a torch call. Causal attention counts half the work,
-for every contender. "tuned" torch is the faster of its backends' best memory layouts: here SDPA over contiguous inputs.
+for every contender. `--one-thread` runs everything in one thread and counts processor time: steady on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
+ONE_THREAD = "--one-thread" in sys.argv
+if ONE_THREAD:
+    os.environ["TVM_NUM_THREADS"] = "1"
 
 import torch
 
@@ -156,11 +159,12 @@ def measure(runs: Mapping[str, Run], repeats: int) -> dict[str, list[float]]:
     for run in runs.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    clock = time.process_time if ONE_THREAD else time.perf_counter
     for _ in range(repeats):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            samples[name].append(time.perf_counter() - begin)
+            samples[name].append(clock() - begin)
     return samples
 
 
@@ -168,9 +172,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--one-thread", action="store_true", help="one thread, processor time")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    torch.set_num_threads(load_target("cpu").threads)
+    torch.set_num_threads(1 if ONE_THREAD else load_target("cpu").threads)
     peaks = {"f32": peak(False)}
     if load_target("cpu").has("avx512_bf16"):
         peaks["bf16"] = peak(True)
