@@ -12,15 +12,18 @@ from .target import Target
 
 ROWS = 64
 STREAM = 128
-STREAM_FLAT = 4096
-LANES = 256
+ROWS_SCORED, STREAM_SCORED = 256, 64  # a contraction of which only a few numbers a row are kept: more rows share the streamed operand
+FEW_ROWS, STREAM_FEW = 8, 512  # decode: too few rows to pay for a tile's bookkeeping
+STREAM_FLAT = 1024  # read twice, so it stays in the first-level cache
+LANES = 512
 POINTS_FLAT = 4096
 
 
 def default_schedule(plan: Plan, sizes: Mapping[str, int], target: Target) -> Schedule:
     """Tile sizes for every kernel; layouts and register tiles are left to `layout.complete`.
 
-    With a contraction: 64 rows share tiles of 128 along the stream. Without: one row, a stream tile of up to 4096.
+    With a contraction: 64 rows share tiles of 128 along the stream. Without: one row, a stream tile of up to 1024. The numbers are the
+    best of a search on one machine (`docs/benchmarks.md`), within a few percent of the best for each of a dozen kernels.
     Entries are `rank`, or `kernel.rank` where two kernels differ.
     """
     known = plan.cascade.solve_sizes(sizes)
@@ -36,7 +39,9 @@ def default_schedule(plan: Plan, sizes: Mapping[str, int], target: Target) -> Sc
 def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:
     """The tile of each grid rank and of the stream of one kernel."""
     tile: dict[str, int] = dict.fromkeys(roles.units, 1)
-    budget = ROWS if roles.contracts else 1
+    budget = 1
+    if roles.contracts:
+        budget = ROWS if roles.accumulates else ROWS_SCORED
     if roles.stream is None and not roles.lanes and not roles.contracts:
         budget = max(1, POINTS_FLAT // math.prod(sizes.get(r, 1) for r in roles.resident))
     for rank in sorted(roles.rows, key=lambda r: -sizes.get(r, ROWS)):
@@ -45,9 +50,18 @@ def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:
     for rank in roles.lanes:
         tile[rank] = min(LANES if roles.stream is not None else POINTS_FLAT, ceil_power(sizes.get(rank, LANES), 16))
     if roles.stream is not None:
-        longest = STREAM if roles.contracts or roles.lanes else STREAM_FLAT
+        longest = _longest_stream(roles, math.prod(tile[rank] for rank in roles.rows))
         tile[roles.stream] = min(longest, ceil_power(sizes.get(roles.stream, longest), 16))
     return tile
+
+
+def _longest_stream(roles: Roles, rows: int) -> int:
+    """Elements of the stream in a tile."""
+    if not roles.contracts and not roles.lanes:
+        return STREAM_FLAT
+    if roles.contracts and not roles.accumulates:
+        return STREAM_SCORED
+    return STREAM_FEW if rows <= FEW_ROWS and not roles.lanes else STREAM
 
 
 def tile_of(schedule: Schedule, kernel: KernelPlan, rank: str) -> int | None:

@@ -23,7 +23,8 @@ class Roles:
     """The ranks of a kernel by role.
 
     `rows` are grid ranks that share streamed tiles, `units` grid ranks of tile one, `lanes` grid ranks that lie along memory.
-    `contracts` says whether a product is summed, so that register tiles pay.
+    `contracts` says whether a product is summed, so that register tiles pay; `accumulates` whether one is summed along the stream, so
+    that a tile of results stays at hand.
     """
 
     stream: str | None
@@ -32,6 +33,7 @@ class Roles:
     lanes: tuple[str, ...]
     resident: tuple[str, ...]
     contracts: bool
+    accumulates: bool
 
     @property
     def grid(self) -> tuple[str, ...]:
@@ -62,7 +64,8 @@ def kernel_roles(cascade: Cascade, kernel: KernelPlan, sizes: Mapping[str, int])
         rows.append(units.pop())  # a task of one short row would be lost in the cost of tasks
     grid = {*rows, *units, *lanes, kernel.stream}
     resident = tuple(r for r in all_ranks if r not in grid)
-    return Roles(kernel.stream, tuple(rows), tuple(units), tuple(lanes), resident, contracts)
+    accumulates = any(is_contraction(s.summand, s.ranks, s.over) for stage in kernel.stages for s in stage.states if s.op == "sum")
+    return Roles(kernel.stream, tuple(rows), tuple(units), tuple(lanes), resident, contracts, accumulates)
 
 
 def _sums(kernel: KernelPlan) -> Iterator[Einsum]:
