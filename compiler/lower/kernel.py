@@ -20,6 +20,7 @@ from .share import (
     hoist_invariants,
     hoist_parts,
     map_node,
+    merge_equal,
     node_expressions,
     share_costly,
     simplify,
@@ -139,7 +140,8 @@ class _KernelLowering:
         inside = {s.name for s in loop.states} | {n.dst for n in body if not isinstance(n, (Store, Loop))}
         before, body = hoist_invariants(body, inside, stream, v.ranks_of, self._name)
         v.outer.nodes.extend(before)
-        body = share_costly(body, v.ranks_of, self._name)
+        loop = merge_equal(replace(loop, body=body))
+        body = share_costly(loop.body, v.ranks_of, self._name)
         body = hoist_parts(body, v.ranks_of, self._name)
         v.outer.nodes.append(replace(loop, body=body))
 

@@ -47,6 +47,23 @@ def is_costly(e: Expr) -> bool:
     return isinstance(e, Op) and OPS[e.name].unit == "special"
 
 
+def merge_equal(loop: Loop) -> Loop:
+    """Of maps and reductions of a body that compute the same, the first is kept and read by all."""
+    first: dict[Node, str] = {}
+    names: dict[Expr, Expr] = {}
+    kept: list[Node] = []
+    for node in loop.body:
+        node = map_node(node, lambda e: substitute(e, names))
+        if isinstance(node, (Map, Reduce)):
+            known = first.setdefault(replace(node, dst="", note=""), node.dst)
+            if known != node.dst:
+                names[Tile(node.dst)] = Tile(known)
+                continue
+        kept.append(node)
+    states = tuple(replace(s, next=substitute(s.next, names)) for s in loop.states)
+    return replace(loop, states=states, body=tuple(kept))
+
+
 def share_costly(nodes: tuple[Node, ...], ranks_of: Callable[[Expr], tuple[str, ...]], name: Callable[[Expr], str]) -> tuple[Node, ...]:
     """Every costly expression that occurs twice becomes a `Map` before its first use, the largest first.
 
