@@ -118,11 +118,12 @@ class Kernel:
             )
             executable, bound = self._memo[key]
             scalars = [convert(named.get(name, default)) for name, default, convert in parameters.numbers]
-            if self._memo_settings is not current() or not named.keys() <= self._names:
-                raise KeyError
-        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # something is new or wrong: look closely
-            return self._call_first(tensors, out, named)
-        return executable.launch(bound, tensors, scalars, out)
+            known = self._memo_settings is current() and named.keys() <= self._names
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):
+            known = False
+        if known:
+            return executable.launch(bound, tensors, scalars, out)
+        return self._call_first(tensors, out, named)  # something is new or wrong: look closely, outside of the handler
 
     def _call_first(self, tensors: Sequence[Any], out: Any, named: Mapping[str, Any]) -> Any:
         call = self._definition.sort(tensors, named)

@@ -200,9 +200,10 @@ class Executable:
             key = tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in tensors])
             bound = self._memo[key]
             scalars = [convert(named[name]) for name, convert in self._converters]
-            if len(scalars) != len(named):
-                raise KeyError
-        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):  # something is new or wrong: look closely
+            known = len(scalars) == len(named)
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError):
+            known = False
+        if not known:  # something is new or wrong: look closely, outside of the handler
             tensors, scalars, bound = self._bind(tensors, named)
         return self.launch(bound, tensors, scalars, out)
 
