@@ -171,7 +171,7 @@ def _first(kernel: Kernel, dot: Dot, tile: RegisterTile, at: Point, depth: _Dept
     """What an accumulator starts from: nothing, the update, or the partial sum of the block before."""
     v = ts.constant(0, tile.dtype)
     if not depth.first:
-        v = kernel.buffers[dot.dst].at(at.local, at.lane, at.lanes)
+        v = kernel.evaluator.value(Tile(dot.dst), at, out)
     elif depth.at_load and dot.update is not None:
         v = kernel.evaluator.cast(kernel.evaluator.value(dot.update, at, out), tile.dtype)
     return ts.broadcast(v, tile.lanes) if tile.lanes > 1 else v

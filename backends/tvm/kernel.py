@@ -88,10 +88,15 @@ class Kernel:
         points = 1
         for rank in (*ranks, *over):
             points *= self.places[rank].size
-        return RowInfo(ranks, over, self._lane(row, ranks, over), points)
+        pair = self.buffers[row.dst].paired if isinstance(row, Map) else None
+        return RowInfo(ranks, over, self._lane(row, ranks, over), points, pair)
 
     def _lane(self, row: Row, ranks: tuple[str, ...], over: tuple[str, ...]) -> str | None:
-        space = tuple(r for r in (*ranks, *over) if self.places[r].size > 1 and self.places[r].padded % self.cpu.lanes == 0)
+        buffer = None if isinstance(row, Store) else self.buffers[row.dst]
+        pairs = buffer.paired if buffer is not None and isinstance(row, Map) else None  # two rows of a pair are computed at once
+        space = tuple(r for r in (*ranks, *over) if self.places[r].size > 1 and self.places[r].padded % self.cpu.lanes == 0 and r != pairs)
+        if buffer is not None and pairs is not None:  # a pair is packed along its buffer's lane or alone
+            return buffer.lane if buffer.lane in space else None
         if not space:
             return None
         named = row.tensor if isinstance(row, Store) else row.dst

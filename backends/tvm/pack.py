@@ -5,6 +5,7 @@ A copy is a map before the dot; what does not change from tile to tile is comput
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ...ir.expr import Cast, Expr, Masked, Op, Read, Tile, walk
@@ -16,6 +17,7 @@ from ...schedules.schedule import DotSchedule, Schedule
 from .cpu import Cpu
 from .prepare import Step, Stream, all_steps, depends_on_loop, tile_table, tiles_read, tiles_written
 
+PAIRED_ROWS = 16  # fewer rows do not pay for interleaving the vector operand
 REUSE = 4  # an operand that needs conversion is copied if each element is used by at least so many register tiles
 
 
@@ -41,6 +43,7 @@ class _Packer:
     types: dict[str, DType]
     retyped: dict[str, str]
     pairs: dict[str, str]
+    group_lanes: dict[str, str | None]
 
     def ranks(self, e: Expr) -> tuple[str, ...]:
         """The tiled ranks of an expression."""
@@ -61,6 +64,7 @@ def pack_operands(steps: tuple[Step, ...], program: TileProgram, schedule: Sched
         {t.name: t.dtype for t in program.inputs},
         {},
         {},
+        {name: group.lane for name, group in schedule.group},
     )
     packed = _level(packer, steps)
     return Packed(_retype(packed, packer.retyped), packer.layouts, packer.pairs)
@@ -145,6 +149,8 @@ def _pair_rank(packer: _Packer, dot: Dot) -> str | None:
     lane = packer.dots[dot.dst].lane
     if dot.dtype != bf16 or not packer.cpu.bf16_dot or lane is None or lane in dot.over:
         return None
+    if math.prod(packer.sizes[r] for r in dot.ranks if r != lane) < PAIRED_ROWS:
+        return None
     streamed = {s.loop.rank for s in all_steps(packer.whole) if isinstance(s, Stream)}
     for rank in reversed(dot.over):
         both = all(rank in packer.ranks(e) for e in (dot.a, dot.b))
@@ -186,7 +192,11 @@ def _can_be_paired(packer: _Packer, tile: str, dot: Dot, rank: str, vector: str 
     makers = [s for s in all_steps(packer.whole) if not isinstance(s, Stream) and tile in tiles_written(s)]
     if len(makers) != 1 or not isinstance(makers[0], Map) or makers[0].dtype not in (f32, bf16) or vector is None:
         return False
-    if packer.layouts[tile][-1] == rank or any(mark in entry for entry in packer.layouts[tile] for mark in "/%"):
+    if (
+        packer.group_lanes.get(tile) == rank
+        or packer.layouts[tile][-1] == rank
+        or any(mark in entry for entry in packer.layouts[tile] for mark in "/%")
+    ):
         return False
     for step in all_steps(packer.whole):
         if isinstance(step, Stream) or step is dot or tile not in tiles_read(step):

@@ -37,12 +37,13 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class RowInfo:
-    """A statement's result ranks, the ranks it reduces, the lane it wants and how many points it has."""
+    """A statement's result ranks, the ranks it reduces, the lane it wants, how many points it has, the rank it packs in pairs."""
 
     ranks: tuple[str, ...]
     over: tuple[str, ...]
     lane: str | None
     points: int
+    pair: str | None = None
 
     @property
     def space(self) -> tuple[str, ...]:
@@ -101,6 +102,9 @@ def _joins(run: list[Row], row: Row, info: Callable[[Row], RowInfo]) -> bool:
             return False
         if set(one.over) & common:
             return False
+    pairs = {info(r).pair for r in trial} - {None}
+    if len(pairs) > 1 or pairs & {info(r).lane for r in trial} or (pairs & common and any(set(info(r).space) - common for r in trial)):
+        return False  # both rows of a pair are computed at one point of a stage
     before = set(_common(run, info))
     if before != common and not any(isinstance(r, Reduce) for r in trial):
         return False  # without a reduction nothing is gained by pulling a rank out of the common ones

@@ -38,19 +38,21 @@ def write_pair(kernel: Kernel, row: Map, variants: list[Point], values: list[Val
     """Both values of a pair, rounded to bf16 and packed; in an edge tile a value beyond the extent is 0, so that it adds nothing."""
     buffer = kernel.buffers[row.dst]
     rank = str(buffer.paired)
+    vector = variants[0].lanes > 1 and variants[0].lane in buffer.ranks
+    lanes = variants[0].lanes if vector else 1
     packed = []
     for at, v in zip(variants, values, strict=True):
-        lanes = at.lanes
-        v = ts.broadcast(v, lanes)
+        v = ts.broadcast(v, lanes) if vector else v
         if kernel.evaluator.ragged(rank, at):
             limit = ts.narrow(kernel.memory.extent(rank))
             inside = Value(f"{ts.wrapped(ts.narrow(kernel.evaluator.index(rank, at)), ts.SUM)} < {limit.text}", "bool", binding=ts.OTHER)
             v = kernel.evaluator.select(inside, v, ts.constant(0, "float32"))
         packed.append(v)
     at = variants[0]
-    kernel.evaluator.helpers.add(f"pack_bf16_v{at.lanes}")
-    both = ts.extern(f"pack_bf16_v{at.lanes}", *packed, dtype="int32", lanes=at.lanes)
-    out.append(Set(buffer.at(at.local, at.lane, at.lanes), both))
+    function = f"pack_bf16_v{lanes}" if vector else "pack_bf16_s"
+    kernel.evaluator.helpers.add(function)
+    both = ts.extern(function, *packed, dtype="int32", lanes=lanes)
+    out.append(Set(buffer.at(at.local, at.lane, lanes) if vector else buffer.at(at.local), both))
 
 
 def emit_store(kernel: Kernel, row: Store, at: Point, out: list[Statement]) -> None:

@@ -272,7 +272,7 @@ def _libm(function: str, n: int) -> str:
 
 def _scalar(function: str, n: int, result: str = "float") -> str:
     """The one-element form of a vector helper."""
-    arity = 2 if function in ("pow", "fmod", "differ") else 1
+    arity = 2 if function in ("pow", "fmod", "differ", "pack_bf16") else 1
     operands = ("%x", "%y")[:arity]
     ir = Ir(f"{result} @{function}_s({', '.join(f'float {x}' for x in operands)})", n)
     vectors = [(ir.f, ir.op(f"insertelement {ir.f} zeroinitializer, float {x}, i32 0")) for x in operands]
@@ -453,7 +453,9 @@ def helper_ir(cpu: Cpu, function: str) -> str:
     if operation in ("popcount", "clz"):
         return _count_bits(operation, t, 1 if suffix == "s" else int(suffix[1:]))
     if suffix == "s":
-        result = {"isnan": "i32", "isinf": "i32", "isfinite": "i32", "differ": "i32", "bits_f16": "i16"}.get(stem, "float")
+        result = {"isnan": "i32", "isinf": "i32", "isfinite": "i32", "differ": "i32", "pack_bf16": "i32", "bits_f16": "i16"}.get(
+            stem, "float"
+        )
         return _scalar(stem, cpu.lanes, result)
     if function == "load_pair":
         return _load_pair()

@@ -95,14 +95,14 @@ def decode(*, e: int = 128, f: int = 128, rows: int = 4, tile: int = 128, dtype:
     """One query a sequence, `rows` query heads share a key head: rows of the tile are the heads of a group."""
     scores = op("mul", Tile("s"), op("mul", Scalar("scale"), math.log2(math.e)))
     body = (
-        Dot("s", ("r", "p"), ("e",), Tile("q"), aligned("K", "b", "g", "p", "e")),
+        Dot("s", ("r", "p"), ("e",), Tile("q"), aligned("K", "b", "g", "p", "e"), dtype=dtype),
         Reduce("t", ("r",), "max", ("p",), Masked(scores, Const(-INF))),
         Map("mx'", ("r",), op("maximum", Tile("mx"), Tile("t"))),
         Map("ms", ("r",), op("maximum", Tile("mx'"), LOWEST)),
         Map("c", ("r",), op("exp2", op("sub", Tile("mx"), Tile("ms")))),
         Map("n", ("r", "p"), op("exp2", op("sub", Masked(scores, Const(-INF)), Tile("ms")))),
         Reduce("ds", ("r",), "sum", ("p",), Tile("n")),
-        Dot("o'", ("r", "f"), ("p",), Tile("n"), aligned("V", "b", "g", "p", "f"), update=op("mul", Tile("o"), Tile("c"))),
+        Dot("o'", ("r", "f"), ("p",), Tile("n"), aligned("V", "b", "g", "p", "f"), update=op("mul", Tile("o"), Tile("c")), dtype=dtype),
     )
     states = (
         LoopState("mx", ("r",), Const(-INF), Tile("mx'")),
@@ -335,3 +335,14 @@ def table_lookup() -> TileProgram:
     return elementwise(
         op("add", op("add", gathered, op("mul", shifted, 10.0)), op("mul", reversed_, 100.0)), (tensor("T", "v j"), tensor("I", "i", i32))
     )
+
+
+def weighted_sums(*, rows: int = 32, f: int = 48, tile: int = 32, dtype: DType = f32) -> TileProgram:
+    """S[m, f] = sum(p) w[p] V[m, p, f]: the contraction's other operand has no rank but the contracted one."""
+    weight = Map("w", ("p",), Masked(op("exp", aligned("W", "p")), Const(0.0)))
+    body = (weight, Dot("s'", ("m", "f"), ("p",), Tile("w"), aligned("V", "m", "p", "f"), update=Tile("s"), dtype=dtype))
+    return TileProgram(
+        "weighted_sums", (tensor("W", "p", dtype), tensor("V", "m p f", dtype)), (output("S", "m f"),), (), sizes(f=f),
+        (GridRank("m", rows),), ("f",),
+        (loop("p", tile, (LoopState("s", ("m", "f"), Const(0.0), Tile("s'")),), *body), Store("S", idx("m", "f"), Tile("s"))),
+    )  # fmt: skip

@@ -151,6 +151,16 @@ def test_matmul(dtype, transposed):
         close(run(program, {"A": a, "B": given})["C"], expected, 1e-5 * math.sqrt(k) if dtype == torch.float32 else 1.2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_operand_of_the_contracted_rank_alone(dtype):
+    program = p.weighted_sums(dtype=bf16 if dtype == torch.bfloat16 else p.f32)
+    for m, n in [(1, 1), (33, 77)]:
+        w, v = random(m, n, dtype=dtype), random(n, m, n, 48, dtype=dtype)
+        expected = torch.einsum("p,mpf->mf", w.double().exp(), v.double())
+        actual = run(program, {"W": w, "V": v})["S"].double()
+        assert (actual - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2) * expected.abs().max()
+
+
 def test_elementwise_maps_of_every_width():
     x, y = p.aligned("A", "i", "j"), p.aligned("B", "i", "j")
     expr = p.op("where", p.op("gt", x, y), p.op("tanh", x), p.op("mul", y, p.Scalar("w")))

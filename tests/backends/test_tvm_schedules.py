@@ -47,6 +47,23 @@ def test_schedules_of_bf16_attention(name):
 
 
 @needs_avx512
+def test_probabilities_with_the_lane_along_the_pairs():
+    schedule = Schedule.make(group={"n": GroupSchedule("p", 2), "t": GroupSchedule("m", 1)})
+    q, k, v = (random(i, 1, 2, r, 64, dtype=torch.bfloat16) for i, r in enumerate((70, 131, 131)))
+    actual = run(p.attention(causal=True, dtype=bf16), {"Q": q, "K": k, "V": v}, {"scale": 0.125}, schedule=schedule)["O"]
+    assert (actual.double() - attention_oracle(q, k, v, 0.125, causal=True)).abs().max() < 2e-2
+
+
+@needs_avx512
+def test_depth_blocks_of_a_result_that_lies_across_the_lane():
+    dot = DotSchedule((("p", 64),), "p", k_block=16)
+    q, k, v = (random(i, 1, 1, r, 64) for i, r in enumerate((70, 131, 131)))
+    schedule = Schedule.make(dot={"s": dot}, layout={"s": ("p", "m")})
+    actual = run(p.attention(), {"Q": q, "K": k, "V": v}, {"scale": 0.2}, schedule=schedule)["O"]
+    close(actual, attention_oracle(q, k, v, 0.2), 3e-6)
+
+
+@needs_avx512
 def test_depth_blocks():
     schedule = Schedule.make(dot={"s": DotSchedule((("v", 8), ("t", 32)), "t", k_block=128)})
     x, w, y = random(1, 70, 512), random(2, 200, 512) / 20, torch.arange(70, dtype=torch.int32)
