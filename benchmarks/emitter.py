@@ -20,9 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
-ONE_THREAD = "--one-thread" in sys.argv
-if ONE_THREAD:
-    os.environ["TVM_NUM_THREADS"] = "1"
+os.environ.update({"TVM_NUM_THREADS": "1"} if "--one-thread" in sys.argv else {})
 
 import torch
 
@@ -37,6 +35,7 @@ from einfall.schedules.schedule import Schedule
 from einfall.schedules.target import load_target
 
 Run = Callable[[], object]
+ONE_THREAD = "--one-thread" in sys.argv
 
 
 def peak_source(bf16_dot: bool, lanes: int) -> Source:
