@@ -72,6 +72,10 @@ class Samples:
         return statistics.median(self.ms)
 
     @property
+    def fastest(self) -> float:
+        return min(self.ms)
+
+    @property
     def quartiles(self) -> tuple[float, float]:
         """The lower and the upper quartile."""
         if len(self.ms) < 2:

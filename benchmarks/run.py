@@ -70,10 +70,13 @@ class Row:
 
 
 def figures(row: Row) -> dict[str, Any]:
-    """What a row says: rates, the share of the peak, the distance to the floor and to the peers, by medians. Empty if it failed."""
+    """What a row says: rates, the share of the peak, the distance to the floor and to the peers, by medians. Empty if it failed.
+
+    What the machine can do is the fastest of the floor's samples: a short sample that was interrupted says nothing about it.
+    """
     if row.failed or DEFAULT not in row.samples:
         return {}
-    rates = {(kind, name): amount / row.samples[name].median / 1e6 for name, kind, amount in row.floors}
+    rates = {(kind, name): amount / row.samples[name].fastest / 1e6 for name, kind, amount in row.floors}
     peaks: dict[Any, float] = {kind: max(v for (k, _), v in rates.items() if k == kind) for kind, _ in rates}
     least = floor_ms(row.flops, row.bytes, peaks)
     found: dict[str, Any] = {"floor_ms": least, "peaks": peaks}
