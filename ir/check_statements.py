@@ -131,7 +131,7 @@ def space(s: Einsum | Scan | Populate | Scatter, steps: frozenset[str]) -> tuple
 def check_names(c: Cascade) -> Iterator[Fault]:
     """Names are plain, every tensor and scalar is defined once, and a bare name in an expression means one thing."""
     if not c.name.isidentifier():
-        yield Fault(f"{c.name!r} is no name for a cascade", hint="a plain name such as attention")
+        yield Fault(f"{c.name!r} is no name for a cascade", hint="a plain name such as scores")
     seen: dict[str, str] = {}
     named = [(t.name, "an input", None) for t in c.inputs] + [(s.name, "a scalar", None) for s in c.scalars]
     statements = [(name, "a tensor", site.statement) for site in sites(c) for name, _ in defined(site.statement)]

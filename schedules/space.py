@@ -136,7 +136,9 @@ def _tile_axes(base: Schedule, kernel: KernelPlan, roles: Roles, sizes: Mapping[
             options = STREAM_TILES if roles.contracts or roles.lanes else FLAT_STREAMS
         elif rank in roles.lanes:
             options = LANE_TILES
-        elif rank in roles.rows and roles.contracts:
+        elif roles.contracts:
+            if rank in roles.units:  # every streamed input has the rank: a larger tile shares nothing
+                continue
             options = ROW_TILES
         else:
             options = FLAT_ROWS
