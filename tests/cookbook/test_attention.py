@@ -1,0 +1,72 @@
+"""The attention recipes against torch's own attention, and at their edges: empty parts, empty requests, wrong pages, roots and leaves."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from cookbook.attention import hydragen
+
+FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def step_of(module, name):
+    return next(step for step in module.RECIPE.steps if step.name == name)
+
+
+def exactly(step, tensors):
+    """The meaning of a step's cascade in float64."""
+    return step.kernel.reference(*tensors, dtype=torch.float64, **step.arguments())
+
+
+# hydragen ---------------------------------------------------------------------------------------------------------------------------
+
+SHARED = [step_of(hydragen, "hydragen"), step_of(hydragen, "decomposed")]
+
+
+@pytest.mark.parametrize("step", SHARED, ids=lambda step: step.name)
+@given(seed=SEEDS, cut=st.integers(1, 11))
+@FEW
+def test_where_the_prefix_ends_does_not_matter(step, seed, cut):
+    q, k, v, kt, vt, length = step.tensors(seed, {"b": 1, "m": 2, "g": 2, "r": 2, "s": 12, "t": 5, "e": 8, "f": 8})
+    moved = (q, k[:cut], v[:cut], torch.cat([k[None, cut:], kt], 1), torch.cat([v[None, cut:], vt], 1), length + 12 - cut)
+    torch.testing.assert_close(exactly(step, moved), exactly(step, (q, k, v, kt, vt, length)), **CLOSE)
+
+
+@pytest.mark.parametrize("step", SHARED, ids=lambda step: step.name)
+def test_one_request_alone_is_torchs_causal_attention(step):
+    q, k, v, kt, vt, _ = step.tensors(3, {"b": 1, "m": 4, "g": 2, "r": 3, "s": 7, "t": 4, "e": 8, "f": 8})
+    keys, values = (torch.cat(pair).transpose(0, 1)[None].double() for pair in ((k, kt[0]), (v, vt[0])))
+    mask = torch.ones(4, 11, dtype=torch.bool).tril(7)
+    wanted = scaled_dot_product_attention(q.transpose(1, 2).double(), keys, values, attn_mask=mask, scale=0.2, enable_gqa=True)
+    found = exactly(step, (q, k, v, kt, vt, torch.zeros(1, dtype=torch.int32)))
+    torch.testing.assert_close(found.transpose(1, 2), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("step", SHARED, ids=lambda step: step.name)
+def test_a_request_does_not_see_the_suffix_of_another(step):
+    q, k, v, kt, vt, length = step.tensors(4, {"b": 3, "m": 1, "g": 1, "r": 2, "s": 5, "t": 6, "e": 8, "f": 8})
+    before = exactly(step, (q, k, v, kt, vt, length))
+    kt[1], vt[1] = torch.nan, torch.nan
+    after = exactly(step, (q, k, v, kt, vt, length))
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]], **CLOSE)
+    assert after[1].isnan().all()
+
+
+def test_the_shared_prefix_is_counted_once_whatever_the_batch():
+    alone, _ = hydragen.report(hydragen.hydragen, 1, s=100, t=3)
+    many, _ = hydragen.report(hydragen.hydragen, 50, s=100, t=3)
+    a_token = 2 * 2 * 8 * 128 / 1e6  # K and V in bf16
+    assert alone == pytest.approx(103 * a_token)
+    assert many == pytest.approx((100 + 50 * 3) * a_token)
+    copied, _ = hydragen.report(hydragen.unshared, 50, p=103)
+    assert copied == pytest.approx(50 * 103 * a_token)
+
+
+@pytest.mark.parametrize("step", SHARED, ids=lambda step: step.name)
+def test_an_empty_prefix_leaves_the_suffix(step):
+    tensors = step.tensors(5, {"b": 2, "m": 2, "g": 2, "r": 2, "s": 0, "t": 5, "e": 8, "f": 8})
+    torch.testing.assert_close(exactly(step, tensors), step.wanted(tensors)[0], **CLOSE)
