@@ -1,0 +1,78 @@
+"""The recipes of block quantization: what is kept by them, and what becomes of zeros, infinities, NaN and wrong arguments."""
+
+import math
+
+import einfall as ef
+import pytest
+import torch
+from cookbook.quantization import common, int4_groups
+
+INF, NAN = math.inf, math.nan
+
+
+def same(found, wanted):
+    """Equal in type and value, NaN equal to NaN."""
+    assert found.dtype == wanted.dtype
+    assert bool(((found == wanted) | (found != found) & (wanted != wanted)).all())
+
+
+# int4 groups ------------------------------------------------------------------------------------------------------------------------
+
+
+def groups_of(value):
+    """Keys [1, 1, 1, 64] of two groups, the first ordinary, the second with `value` at one place."""
+    X = torch.linspace(-1.0, 2.0, 64).reshape(1, 1, 1, 64).clone()
+    X[..., 40] = value
+    return X
+
+
+@pytest.mark.parametrize("run", ["reference", "kernel"])
+@pytest.mark.parametrize("value", [INF, -INF, NAN, 3.3e38, -1e5])
+def test_a_group_that_four_bits_cannot_hold_reads_as_nan_and_its_neighbour_does_not(run, value):
+    X = groups_of(value)
+    packed = (int4_groups.quantize.reference if run == "reference" else int4_groups.quantize)(X)
+    numbers = int4_groups.unpacked(*packed, torch.float32)
+    assert bool(numbers[..., 32:].isnan().all())
+    assert float((numbers - X)[..., :32].abs().max()) < 0.06
+    assert bool((packed[0] < 16).all())  # the unusable group's codes, in the high nibbles, are 0
+
+
+@pytest.mark.parametrize("run", ["reference", "kernel"])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.0, 1e-30])
+def test_a_constant_group_is_its_zero_point(run, value):
+    X = torch.full((1, 1, 2, 64), value)
+    P, S, Z = (int4_groups.quantize.reference if run == "reference" else int4_groups.quantize)(X)
+    assert not P.any() and not S.any()
+    same(int4_groups.unpacked(P, S, Z, torch.float32), X.half().float())
+
+
+def test_no_value_is_further_off_than_half_a_step_and_the_rounding_of_the_zero_point():
+    X = common.outlying(torch.Generator().manual_seed(1), 2, 2, 31, 128)
+    P, S, Z = int4_groups.quantize(X)
+    error = (int4_groups.unpacked(P, S, Z, torch.float64) - X).abs().unflatten(-1, (-1, 32)).amax(-1)
+    span = S.double() * 15 + Z.double().abs()
+    assert bool((error <= S.double() / 2 + span * 2.0**-10).all())
+
+
+def test_a_sequence_of_length_0_attends_to_nothing():
+    step = int4_groups.RECIPE.steps[1]
+    *tensors, _ = step.tensors(0, {**step.sizes, "b": 3})
+    out = step.kernel(*tensors, torch.tensor([0, 96, 1], dtype=torch.int32), scale=0.125)
+    assert not out[0].any()
+    values = int4_groups.unpacked(*tensors[4:7], torch.float32)
+    torch.testing.assert_close(out[2], values[2, :, 0].repeat_interleave(4, 0))
+
+
+def test_a_group_that_reads_as_nan_beyond_the_length_does_no_harm():
+    step = int4_groups.RECIPE.steps[1]
+    *tensors, _ = step.tensors(0)
+    L = torch.tensor([5, 60], dtype=torch.int32)
+    clean = step.kernel(*tensors, L, scale=0.125)
+    tensors[2][:, :, 60:] = NAN
+    tensors[5][:, :, 60:] = NAN
+    same(step.kernel(*tensors, L, scale=0.125), clean)
+
+
+def test_channels_must_be_two_halves_of_whole_groups():
+    with pytest.raises(ef.BindingError, match="no whole extent of c, 96"):
+        int4_groups.quantize(torch.zeros(1, 1, 1, 96))
