@@ -8,10 +8,10 @@ from typing import TypeAlias
 
 from .check_statements import RESERVED, nearest, node_types, operation_hint
 from .errors import CascadeError
-from .expr import OPS, REDUCTIONS, Count, Expr, Masked, Op, Read, Scalar, Seen, Start, Tile, walk
+from .expr import OPS, REDUCTIONS, SCANS, Count, Expr, Masked, Op, Read, Scalar, Seen, Start, Tile, walk
 from .infer import expression_ranks, expression_type
 from .text import program_ranks
-from .tile import Dot, Loop, Map, Node, Reduce, Store, TileProgram, kernel_tiles
+from .tile import Dot, Loop, Map, Node, Reduce, Scan, Store, TileProgram, kernel_tiles
 from .types import DType, boolean
 
 
@@ -84,6 +84,10 @@ def uses(p: TileProgram) -> Iterator[Use]:
                 yield Use(name, expr, ranks, known, loops)
             case Reduce(ranks=ranks, over=over, expr=expr):
                 yield Use(name, expr, (*ranks, *over), known, loops)
+            case Scan(ranks=ranks, expr=expr, start=start):
+                yield Use(name, expr, (*ranks, node.over), known, loops)
+                if start is not None:
+                    yield Use(name, start, tuple(rank for rank in ranks if rank != node.over), known, loops)
             case Dot(ranks=ranks, over=over):
                 yield Use(name, node.a, (*ranks, *over), known, loops)
                 yield Use(name, node.b, (*ranks, *over), known, loops)
@@ -199,7 +203,7 @@ def check_tile_ranks(p: TileProgram) -> Iterator[TileFault]:
 
 def _own_ranks(node: Node) -> Iterator[tuple[str, tuple[str, ...]]]:
     match node:
-        case Map(dst=dst, ranks=ranks):
+        case Map(dst=dst, ranks=ranks) | Scan(dst=dst, ranks=ranks):
             yield dst, ranks
         case Reduce(dst=dst, ranks=ranks, over=over) | Dot(dst=dst, ranks=ranks, over=over):
             yield dst, (*ranks, *over)
@@ -220,6 +224,10 @@ def check_tile_expressions(p: TileProgram) -> Iterator[TileFault]:
         if isinstance(node, Reduce) and (node.op not in REDUCTIONS or not node.over):
             over = ", ".join(node.over) or "no rank"
             yield TileFault(f"no reduction {node.op!r} over {over}", name_of(node), nearest(node.op, REDUCTIONS))
+        if isinstance(node, Scan) and node.op not in SCANS:
+            yield TileFault(f"no scan {node.op!r}", name_of(node), nearest(node.op, SCANS))
+        if isinstance(node, Scan) and node.over not in node.ranks:
+            yield TileFault(f"the scan is over {node.over!r}, which is no rank of the tile", name_of(node), "a scan keeps its rank")
         if isinstance(node, Dot) and not node.over:
             yield TileFault("a dot over no rank", name_of(node), "a product of tiles is a map")
     for use in uses(p):

@@ -51,6 +51,7 @@ from .expr import (
 )  # fmt: skip
 from .source import ONE_REDUCTION, REDUCTION_WORDS, ParseTree, Source
 from .tile import Bounds, Dot, GridRank, Loop, LoopState, Map, Node, Reduce, Store, TileOutput, TileProgram
+from .tile import Scan as TileScan
 from .types import DTYPES, DType, dtype, f32
 
 _BINARY = {info.symbol: name for name, info in OPS.items() if info.symbol and info.arity == 2}
@@ -284,6 +285,12 @@ class _Builder:
                 typed, op, over, x, note = children
                 name, ranks = self.left(typed)
                 return Reduce(name, ranks, str(op), _strings(over), self.expr(x), self.type_of(typed.children[2]), _note(note))
+            case "running":
+                typed, op, over, exclusive, x, start, note = children
+                name, ranks = self.left(typed)
+                first = None if start is None else self.expr(start.children[0])
+                of_type = self.type_of(typed.children[2])
+                return TileScan(name, ranks, str(op)[3:], str(over), self.expr(x), first, exclusive is not None, of_type, _note(note))
             case "dot":
                 typed, _, over, rounded, a, b, update, post, note = children
                 if typed.children[2] is not None:
@@ -351,6 +358,8 @@ def _program_ranks(tree: ParseTree) -> frozenset[str]:
                 found.add(str(part.children[0]))
             case "loop" | "rank_line":
                 found.add(str(part.children[1]))
+            case "running":
+                found.add(str(part.children[2]))
             case _:
                 pass
     for line in tree.find_data("rank_line"):

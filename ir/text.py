@@ -40,6 +40,7 @@ from .expr import (
     walk,
 )  # fmt: skip
 from .tile import Dot, Loop, Map, Node, Reduce, Store, TileProgram
+from .tile import Scan as TileScan
 from .types import DType, f32
 
 _UNARY, _POWER, _ATOM = 8, 9, 10
@@ -246,6 +247,8 @@ def program_ranks(p: TileProgram) -> frozenset[str]:
             match node:
                 case Map(ranks=ranks):
                     found.update(ranks)
+                case TileScan(ranks=ranks, over=rank):
+                    found.update(ranks, (rank,))
                 case Reduce(ranks=ranks, over=over) | Dot(ranks=ranks, over=over):
                     found.update(ranks, over)
                 case Loop(rank=rank, states=states, body=body):
@@ -289,8 +292,8 @@ def _typed(name: str, ranks: Sequence[str], dtype: DType) -> str:
 
 def _node_left(node: Node, style: _Style) -> str:
     match node:
-        case Map(dst=dst, ranks=ranks, dtype=dtype) | Reduce(dst=dst, ranks=ranks, dtype=dtype):
-            return _typed(dst, ranks, dtype)
+        case Map() | Reduce() | TileScan():
+            return _typed(node.dst, node.ranks, node.dtype)
         case Dot(dst=dst, ranks=ranks):
             return _left(dst, ranks)
         case Store(tensor=tensor, coords=coords):
@@ -305,6 +308,9 @@ def _node_right(node: Node, style: _Style) -> str:
             return _expr(expr, style)
         case Reduce(op=op, over=over, expr=expr):
             return f"{op}({','.join(over)}) {_expr(expr, style)}"
+        case TileScan(op=op, over=rank, expr=expr, start=start, exclusive=exclusive):
+            text = f"cum{op}({rank}{', exclusive' if exclusive else ''}) {_expr(expr, style)}"
+            return text + ("" if start is None else f" from {_expr(start, style)}")
         case Dot(over=over, a=a, b=b, update=update, post=post, dtype=dtype):
             rounded = "" if dtype == f32 else f" as {dtype}"
             text = f"dot({','.join(over)}{rounded}) {_expr(a, style)}, {_expr(b, style)}"

@@ -3,6 +3,7 @@
     program  =  TileProgram(name, inputs, outputs, scalars, ranks, grid, resident, body)
     node     =  Map(dst, ranks, expr)                     dst[ranks] = expr
              |  Reduce(dst, ranks, op, over, expr)        dst[ranks] = op(over) expr, within the tile
+             |  Scan(dst, ranks, op, over, expr, start)   dst[ranks] = start op (running op along over) expr, within the tile
              |  Dot(dst, ranks, over, a, b, update, post) dst[ranks] = post(sum(over) a * b + update)
              |  Store(tensor, coords, expr)               one element of an output for each point of the tile
              |  Loop(rank, tile, conditions, bounds, states, body)
@@ -70,6 +71,25 @@ class Reduce:
     op: str
     over: tuple[str, ...]
     expr: Expr
+    dtype: DType = f32
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """`dst[ranks] = start op (the running reduction of expr along `over`)`, within the tile, in rising order; `over` is one of `ranks`.
+
+    `start` is what came before the tile: it varies over `ranks` without `over`, and is the identity of `op` if None. An `exclusive` scan
+    leaves the element itself out. Of the points that a condition of the loop excludes, only `Masked` keeps the values out of later ones.
+    """
+
+    dst: str
+    ranks: tuple[str, ...]
+    op: str
+    over: str
+    expr: Expr
+    start: Expr | None = None
+    exclusive: bool = False
     dtype: DType = f32
     note: str = ""
 
@@ -145,7 +165,7 @@ class Loop:
     body: tuple[Node, ...]
 
 
-Node: TypeAlias = Map | Reduce | Dot | Store | Loop
+Node: TypeAlias = Map | Reduce | Scan | Dot | Store | Loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +213,7 @@ def kernel_tiles(nodes: tuple[Node, ...]) -> dict[str, tuple[tuple[str, ...], DT
     table: dict[str, tuple[tuple[str, ...], DType]] = {}
     for node in nodes:
         match node:
-            case Map() | Reduce():
+            case Map() | Reduce() | Scan():
                 table[node.dst] = (node.ranks, node.dtype)
             case Dot():
                 table[node.dst] = (node.ranks, f32)

@@ -43,7 +43,7 @@ from .expr import (
 )
 from .infer import combine, operation_type
 from .named import Ranks, Value, aligned, union
-from .tile import Dot, GridRank, Loop, Map, Node, Reduce, Store, TileOutput, TileProgram
+from .tile import Dot, GridRank, Loop, Map, Node, Reduce, Scan, Store, TileOutput, TileProgram
 from .types import DType, boolean, f32, i32, i64
 
 Array = np.ndarray[Any, Any]
@@ -216,6 +216,8 @@ def _run(task: _Task, nodes: tuple[Node, ...]) -> None:
                 _define(task, node.dst, node.ranks, _evaluate(task, node.expr), node.dtype)
             case Reduce():
                 _define(task, node.dst, node.ranks, _reduce(task, node), node.dtype)
+            case Scan():
+                _define(task, node.dst, node.ranks, _scan(task, node), node.dtype)
             case Dot():
                 _dot(task, node)
             case Store():
@@ -284,6 +286,16 @@ def _reduce(task: _Task, node: Reduce) -> Value:
         return Value(ops.reduce(node.op, x, None, value.dtype, len(node.over)), kept, node.dtype)
     place = ops.reduce(node.op, x, None, value.dtype, len(node.over))
     return Value(place + (task.lanes[node.over[0]].start if len(node.over) == 1 else 0), kept, i32)
+
+
+def _scan(task: _Task, node: Scan) -> Value:
+    ranks = (*(rank for rank in node.ranks if rank != node.over), node.over)
+    shape = [_lanes_of(task, rank).size for rank in ranks]
+    x = aligned(_computed(task, _evaluate(task, node.expr), node.dtype), ranks).expand(shape)
+    first = Value(torch.tensor(ops.identity(node.op, node.dtype)), (), node.dtype) if node.start is None else _evaluate(task, node.start)
+    carried = aligned(_computed(task, first, node.dtype), ranks).expand([*shape[:-1], 1])
+    running = ops.scan(node.op, torch.cat([carried, x], -1), node.dtype, exclusive=False)
+    return Value(running[..., :-1] if node.exclusive else running[..., 1:], ranks, node.dtype)
 
 
 def _dot(task: _Task, node: Dot) -> None:

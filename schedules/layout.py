@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ..ir.errors import ScheduleError
 from ..ir.expr import Const, Expr, Index, Op, Read, Tile, reads, walk
 from ..ir.infer import expression_ranks
-from ..ir.tile import Dot, Loop, Map, Node, Reduce, Store, TileProgram, kernel_tiles
+from ..ir.tile import Dot, Loop, Map, Node, Reduce, Scan, Store, TileProgram, kernel_tiles
 from .schedule import DotSchedule, Schedule
 from .target import Target
 
@@ -195,7 +195,7 @@ def _lay_out_rest(shape: Shape, program: TileProgram, layouts: dict[str, tuple[s
 def _definitions(program: TileProgram) -> Iterator[tuple[str, tuple[str, ...], Expr]]:
     for node, _ in nodes_of(program.body):
         match node:
-            case Map():
+            case Map() | Scan():
                 yield node.dst, node.ranks, node.expr
             case Loop():
                 for state in node.states:
@@ -314,6 +314,9 @@ def _accesses(program: TileProgram) -> Iterator[tuple[Expr, ...]]:
         match node:
             case Map() | Reduce():
                 yield from of(node.expr)
+            case Scan():
+                yield from of(node.expr)
+                yield from of(node.start)
             case Dot():
                 for e in (node.a, node.b, node.update, node.post):
                     yield from of(e)

@@ -191,7 +191,7 @@ class Evaluator(Arithmetic):
             case Read():
                 return self._read(e, at, out)
             case Cast(x=x, dtype=dtype):
-                return self._rounded(self.value(x, at, out), dtype)
+                return self.rounded(self.value(x, at, out), dtype)
             case Bitcast(x=x, dtype=dtype):
                 return self._bits(x, dtype, at, out)
             case Op(name=name, args=args):
@@ -403,7 +403,7 @@ class Evaluator(Arithmetic):
 
     # -- operations -------------------------------------------------------------------------------------------------------------
 
-    def _rounded(self, v: Value, dtype: DType) -> Value:
+    def rounded(self, v: Value, dtype: DType) -> Value:
         """`v` rounded to a declared type, held in the compute type."""
         compute = compute_type(dtype)
         if dtype.name in ("bf16", "f16"):
@@ -417,7 +417,7 @@ class Evaluator(Arithmetic):
         source = self.type_of(x)
         v = self.value(x, at, out)
         if source.name == "bf16" and dtype.bits == 16:
-            bits = self._reinterpret(self._rounded(v, source), "int32")
+            bits = self._reinterpret(self.rounded(v, source), "int32")
             shifted = Value(f"T.shift_right({bits.text}, {ts.broadcast(ts.integer(16), v.lanes).text})", "int32", v.lanes)
             return self._reinterpreted(self.cast(shifted, "int16"), dtype)
         if source.name == "f16" and dtype.bits == 16:

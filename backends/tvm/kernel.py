@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...ir.expr import Expr, Read, reads
 from ...ir.infer import expression_ranks
-from ...ir.tile import Dot, Map, Reduce, Store, TileProgram
+from ...ir.tile import Dot, Map, Reduce, Scan, Store, TileProgram
 from ...schedules.schedule import DotSchedule, GroupSchedule
 from . import script as ts
 from .cpu import Cpu
@@ -67,7 +67,7 @@ class Kernel:
             return active.span is None or active.span == active.valid
         return self.places[rank].fits
 
-    def text(self, node: Row | Dot) -> str:
+    def text(self, node: Row | Dot | Scan) -> str:
         """A statement as the tile program spells it."""
         shown = Map(node.dst, node.ranks, node.expr, node.dtype, node.note) if isinstance(node, Assign) else node
         return str(replace(self.program, body=(shown,))).splitlines()[-1].strip()
@@ -91,7 +91,11 @@ class Kernel:
         pair = self.buffers[row.dst].paired if isinstance(row, Map) else None
         return RowInfo(ranks, over, self._lane(row, ranks, over), points, pair)
 
-    def _lane(self, row: Row, ranks: tuple[str, ...], over: tuple[str, ...]) -> str | None:
+    def scan_lane(self, scan: Scan) -> str | None:
+        """The rank along the vectors of a scan, which may be the scanned one."""
+        return self._lane(scan, scan.ranks, ())
+
+    def _lane(self, row: Row | Scan, ranks: tuple[str, ...], over: tuple[str, ...]) -> str | None:
         buffer = None if isinstance(row, Store) else self.buffers[row.dst]
         pairs = buffer.paired if buffer is not None and isinstance(row, Map) else None  # two rows of a pair are computed at once
         space = tuple(r for r in (*ranks, *over) if self.places[r].size > 1 and self.places[r].padded % self.cpu.lanes == 0 and r != pairs)
@@ -106,7 +110,7 @@ class Kernel:
         if isinstance(row, Store):
             last = [r for r in space if self._moves(row.tensor, row.coords, r)]
             return last[-1] if last else space[-1]
-        if isinstance(row, (Map, Assign)) and self.buffers[row.dst].lane in space:
+        if isinstance(row, (Map, Assign, Scan)) and self.buffers[row.dst].lane in space:
             return self.buffers[row.dst].lane
         for name in sorted(tiles_read(row)):
             if set(space) <= set(self.ranks[name]) and self.buffers[name].lane in space:

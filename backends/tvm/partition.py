@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ...ir.infer import expression_ranks
-from ...ir.tile import Dot, Map, Reduce, Store
+from ...ir.tile import Dot, Map, Reduce, Scan, Store
 from .prepare import Assign, Step, Stream, tiles_read, tiles_written
 
 Row: TypeAlias = Map | Reduce | Store | Assign
+Part: TypeAlias = "Group | Dot | Scan | Stream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ def row_ranks(row: Row, tiles: dict[str, tuple[str, ...]], tiled: Callable[[str]
     return tuple(found)
 
 
-def partition(steps: tuple[Step, ...], info: Callable[[Row], RowInfo]) -> list[Group | Dot | Stream]:
+def partition(steps: tuple[Step, ...], info: Callable[[Row], RowInfo]) -> list[Part]:
     """The steps with runs of row statements gathered into groups."""
-    result: list[Group | Dot | Stream] = []
+    result: list[Part] = []
     run: list[Row] = []
 
     def flush() -> None:
@@ -71,7 +72,7 @@ def partition(steps: tuple[Step, ...], info: Callable[[Row], RowInfo]) -> list[G
             run.clear()
 
     for step in steps:
-        if isinstance(step, (Dot, Stream)):
+        if isinstance(step, (Dot, Scan, Stream)):
             flush()
             result.append(step)
         elif run and not _joins(run, step, info):

@@ -1,6 +1,6 @@
 """From a tile program to steps in the order they are emitted: explicit assignments to states, packed operands.
 
-    step  =  Map | Reduce | Dot | Store | Assign | Stream
+    step  =  Map | Reduce | Scan | Dot | Store | Assign | Stream
 
 A loop becomes an `Assign` of every state's first value, then a `Stream` whose body assigns the next values as early as nothing reads
 the old ones any more, so that they can share registers with what computes them.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ...ir.expr import Count, Expr, Index, Masked, Seen, Start, Tile, walk
-from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Store
+from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Scan, Store
 from ...ir.types import DType, f32, f64
 
 
@@ -36,7 +36,7 @@ class Stream:
     body: tuple[Step, ...]
 
 
-Step: TypeAlias = Map | Reduce | Dot | Store | Assign | Stream
+Step: TypeAlias = Map | Reduce | Scan | Dot | Store | Assign | Stream
 
 
 def to_steps(nodes: tuple[Node, ...]) -> tuple[Step, ...]:
@@ -56,6 +56,8 @@ def expressions_of(step: Step) -> tuple[Expr, ...]:
     match step:
         case Map() | Reduce() | Assign():
             return (step.expr,)
+        case Scan():
+            return (step.expr,) if step.start is None else (step.expr, step.start)
         case Dot():
             return tuple(e for e in (step.a, step.b, step.update, step.post) if e is not None)
         case Store():
@@ -76,7 +78,7 @@ def tiles_read(step: Step) -> frozenset[str]:
 def tiles_written(step: Step) -> frozenset[str]:
     """The tiles a step writes."""
     match step:
-        case Map() | Reduce() | Dot() | Assign():
+        case Map() | Reduce() | Scan() | Dot() | Assign():
             return frozenset((step.dst,))
         case Stream(body=body):
             return frozenset(t for inner in body for t in tiles_written(inner))
@@ -97,7 +99,7 @@ def tile_table(steps: tuple[Step, ...]) -> dict[str, tuple[tuple[str, ...], DTyp
     table: dict[str, tuple[tuple[str, ...], DType]] = {}
     for step in all_steps(steps):
         match step:
-            case Map() | Reduce() | Assign():
+            case Map() | Reduce() | Scan() | Assign():
                 table.setdefault(step.dst, (step.ranks, step.dtype))
             case Dot():
                 table[step.dst] = (step.ranks, f64 if step.dtype == f64 else f32)

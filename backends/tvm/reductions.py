@@ -38,21 +38,21 @@ class Accumulators:
         return Value(f"{buffer}[{u.text}, {last}]", dtype, self.lanes)
 
 
-def _identity(row: Reduce, dtype: str) -> Value:
-    """What the reduction starts from."""
-    if row.op in ("any", "all"):
-        return ts.constant(int(row.op == "all"), dtype)
-    largest = row.op in ("max", "argmax")
-    if row.op in ("max", "min", "argmax", "argmin"):
+def identity(op: str, dtype: str) -> Value:
+    """What a reduction starts from."""
+    if op in ("any", "all"):
+        return ts.constant(int(op == "all"), dtype)
+    largest = op in ("max", "argmax")
+    if op in ("max", "min", "argmax", "argmin"):
         if dtype in ts.FLOATS:
             return ts.constant(float("-inf") if largest else float("inf"), dtype)
         bits = int(dtype.lstrip("uint") or 8)
         low, high = (0, (1 << bits) - 1) if dtype.startswith("u") else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
         bound = low if largest else high
         return Value(f"T.{dtype}({bound})", dtype, number=bound)
-    identity = REDUCTIONS[row.op]
-    assert identity is not None
-    return ts.constant(identity, dtype)
+    neutral = REDUCTIONS[op]
+    assert neutral is not None
+    return ts.constant(neutral, dtype)
 
 
 def start_reduction(kernel: Kernel, row: Reduce, at: Point, unroll: int, out: list[Statement]) -> Accumulators:
@@ -72,7 +72,7 @@ def start_reduction(kernel: Kernel, row: Reduce, at: Point, unroll: int, out: li
     if index is not None and len(row.over) != 1:
         raise UnsupportedError(f"{row.op} over several ranks", statement=row.dst, hint="reduce one rank after the other")
     u = ts.name(kernel.names.fresh("u")) if unroll > 1 else ts.integer(0)
-    body: list[Statement] = [Set(a.at(u), ts.broadcast(_identity(row, dtype), lanes) if lanes > 1 else _identity(row, dtype))]
+    body: list[Statement] = [Set(a.at(u), ts.broadcast(identity(row.op, dtype), lanes) if lanes > 1 else identity(row.op, dtype))]
     out.append(Alloc(buffer, (unroll, lanes), dtype))
     if index is not None:
         out.append(Alloc(index, (unroll, lanes), "int32"))
@@ -85,7 +85,8 @@ def start_reduction(kernel: Kernel, row: Reduce, at: Point, unroll: int, out: li
     return a
 
 
-def _combine(op: str, a: Value, b: Value) -> Value:
+def combine(op: str, a: Value, b: Value) -> Value:
+    """Two partial results of a reduction as one."""
     match op:
         case "sum":
             return Value(f"({a.text} + {b.text})", a.dtype, a.lanes)
@@ -110,10 +111,10 @@ def accumulate(kernel: Kernel, a: Accumulators, slot: Value, at: Point, out: lis
             inside = Value(
                 f"{ts.ramp(at.local[rank], width).text} < {ts.broadcast(ts.integer(size), width).text}", "bool", width, binding=ts.OTHER
             )
-            v = evaluator.select(inside, v, _identity(a.row, a.dtype))
+            v = evaluator.select(inside, v, identity(a.row.op, a.dtype))
     current = a.at(slot)
     if a.index is None:
-        out.append(Set(current, _combine(a.row.op, current, v)))
+        out.append(Set(current, combine(a.row.op, current, v)))
         return
     v = evaluator.bind(v, a.row.dst, out)
     rank = a.row.over[0]
@@ -130,7 +131,7 @@ def finish_reduction(kernel: Kernel, group: Group, a: Accumulators, at: Point, o
         return _finish_arg(kernel, group, a, at, out)
     parts = [a.at(ts.integer(u)) for u in range(a.unroll)]
     while len(parts) > 1:
-        parts = [_combine(a.row.op, parts[i], parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+        parts = [combine(a.row.op, parts[i], parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
     v = parts[0]
     if a.lanes > 1 and at.lane in a.row.over:
         operation = {"any": "max", "all": "min"}.get(a.row.op, a.row.op)

@@ -6,24 +6,27 @@ import math
 from dataclasses import dataclass
 
 from ...ir.expr import Expr, Masked, walk
-from ...ir.tile import Dot, Loop, Store
+from ...ir.tile import Dot, Loop, Scan, Store
 from . import script as ts
 from .dots import covered_by_dot, emit_dot
 from .evaluate import Active, Point
 from .groups import covered_by_group, emit_group
 from .kernel import Kernel
-from .partition import Group, partition
+from .partition import Group, Part, partition
 from .prepare import Stream, all_steps, expressions_of
+from .scans import covered_by_scan, emit_scan
 from .script import Comment, For, Let, Statement, Value
 
 
-def emit_parts(kernel: Kernel, parts: list[Group | Dot | Stream], loops: tuple[Active, ...], out: list[Statement]) -> None:
+def emit_parts(kernel: Kernel, parts: list[Part], loops: tuple[Active, ...], out: list[Statement]) -> None:
     for part in parts:
         match part:
             case Group():
                 emit_group(kernel, part, loops, out)
             case Dot():
                 emit_dot(kernel, part, loops, out)
+            case Scan():
+                emit_scan(kernel, part, loops, out)
             case Stream():
                 _emit_stream(kernel, part, loops, out)
 
@@ -104,12 +107,14 @@ def _maskable(stream: Stream) -> bool:
     return any(isinstance(n, Masked) for s in all_steps(stream.body) for e in expressions_of(s) for n in walk(e))
 
 
-def _span(kernel: Kernel, parts: list[Group | Dot | Stream], loop: Loop, loops: tuple[Active, ...], valid: Value) -> Value:
+def _span(kernel: Kernel, parts: list[Part], loop: Loop, loops: tuple[Active, ...], valid: Value) -> Value:
     """The count of an edge tile rounded up to what every statement of the body covers at once."""
     step = 1
     for part in parts:
         if isinstance(part, Dot):
             step = math.lcm(step, covered_by_dot(kernel, part, loop.rank))
+        elif isinstance(part, Scan):
+            step = math.lcm(step, covered_by_scan(kernel, part, loop.rank))
         elif isinstance(part, Group):
             step = math.lcm(step, covered_by_group(kernel, part, loop))
         else:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ...ir.expr import OPS, Const, Expr, Masked, Op, Read, Tile, children, rewrite, substitute, walk
 from ...ir.infer import expression_ranks
-from ...ir.tile import Dot, Loop, Map, Node, Reduce, Store
+from ...ir.tile import Dot, Loop, Map, Node, Reduce, Scan, Store
 from ...ir.types import f32
 
 Ranks = Mapping[str, tuple[str, ...]]
@@ -19,6 +19,8 @@ def node_expressions(node: Node) -> tuple[Expr, ...]:
     match node:
         case Map() | Reduce():
             return (node.expr,)
+        case Scan():
+            return (node.expr,) if node.start is None else (node.expr, node.start)
         case Dot():
             return tuple(e for e in (node.a, node.b, node.update, node.post) if e is not None)
         case Store():
@@ -32,6 +34,8 @@ def map_node(node: Node, f: Callable[[Expr], Expr]) -> Node:
     match node:
         case Map() | Reduce():
             return replace(node, expr=f(node.expr))
+        case Scan():
+            return replace(node, expr=f(node.expr), start=None if node.start is None else f(node.start))
         case Dot():
             update = None if node.update is None else f(node.update)
             return replace(node, a=f(node.a), b=f(node.b), update=update, post=None if node.post is None else f(node.post))
@@ -48,13 +52,13 @@ def is_costly(e: Expr) -> bool:
 
 
 def merge_equal(loop: Loop) -> Loop:
-    """Of maps and reductions of a body that compute the same, the first is kept and read by all."""
+    """Of maps, reductions and scans of a body that compute the same, the first is kept and read by all."""
     first: dict[Node, str] = {}
     names: dict[Expr, Expr] = {}
     kept: list[Node] = []
     for node in loop.body:
         node = map_node(node, lambda e: substitute(e, names))
-        if isinstance(node, (Map, Reduce)):
+        if isinstance(node, (Map, Reduce, Scan)):
             known = first.setdefault(replace(node, dst="", note=""), node.dst)
             if known != node.dst:
                 names[Tile(node.dst)] = Tile(known)

@@ -234,6 +234,7 @@ ILLEGAL_PROGRAMS = {
         "streamed_rank_outside": KERNEL + GRID + SUM + "  s[e] = sum(p) X[b,p,e]\n" + STORE,
         "varies_over_more": KERNEL + GRID + SUM + "  s[] = acc\n" + STORE,
         "state_varies_over_more": KERNEL + GRID + LOOP + "    next[e,p] = acc + X[b,p,e]\n  s[e] = acc\n" + STORE,
+        "start_along_the_scan": KERNEL + GRID + "  s[e] = cumsum(e) X[b,0,e] from X[b,1,e]\n" + STORE,
         "bound_varies": KERNEL + GRID + LOOP.replace("0, 0,", "e, 0,") + "    next[e] = acc\n  s[e] = acc\n" + STORE,
         "rank_twice": KERNEL + GRID + "  s[e,e] = 0.0\n" + STORE,
     },
@@ -241,6 +242,7 @@ ILLEGAL_PROGRAMS = {
         "masked_outside": KERNEL + GRID + "  s[e] = masked(X[b,0,e], 0.0)\n" + STORE,
         "count_outside": KERNEL + GRID + "  s[e] = count(p)\n" + STORE,
         "start_of_a_resident_rank": KERNEL + GRID + "  s[e] = start(e)\n" + STORE,
+        "scan_of_another_rank": KERNEL + GRID + SUM.replace("part[e] = sum(p)", "part[e] = cumsum(p)") + "  s[e] = acc\n" + STORE,
         "dot_over_nothing": KERNEL + GRID + "  s[e] = dot() X[b,0,e], X[b,1,e]\n" + STORE,
     },
     "check_tile_types": {

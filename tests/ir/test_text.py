@@ -44,6 +44,7 @@ from einfall.ir.expr import (
 )
 from einfall.ir.text import parse_cascade, parse_program, print_cascade, print_expr, print_program, print_statement
 from einfall.ir.tile import Bounds, Dot, GridRank, Loop, LoopState, Map, Reduce, Store, TileOutput, TileProgram
+from einfall.ir.tile import Scan as TileScan
 from einfall.ir.types import DTYPES, bf16, f32, i32
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +131,9 @@ tiles = st.sampled_from(TILES)
 notes = st.text(string.ascii_letters + string.digits + " #()[]'=", max_size=12).map(str.strip)
 maps = st.builds(Map, tiles, rank_lists, tile_exprs, dtypes, notes)
 reduces = st.builds(Reduce, tiles, rank_lists, st.sampled_from(tuple(REDUCTIONS)), some_ranks, tile_exprs, dtypes, notes)
+running = st.builds(
+    TileScan, tiles, rank_lists, st.sampled_from(SCANS), ranks, tile_exprs, optional_expr, st.booleans(), dtypes, notes
+)
 dots = st.builds(Dot, tiles, rank_lists, some_ranks, tile_exprs, tile_exprs, optional_expr, optional_expr, dtypes, notes)
 stores = st.builds(Store, names, st.lists(tile_exprs, max_size=3).map(tuple), tile_exprs, notes)
 carried = st.builds(LoopState, tiles, rank_lists, tile_exprs, tile_exprs, dtypes)
@@ -148,7 +152,7 @@ def loops(inner):
     )
 
 
-nodes = st.recursive(st.one_of(maps, reduces, dots, stores), loops, max_leaves=4)
+nodes = st.recursive(st.one_of(maps, reduces, running, dots, stores), loops, max_leaves=4)
 programs = st.builds(
     TileProgram,
     names,
@@ -371,6 +375,8 @@ MALFORMED_PROGRAMS = {
     "step_of_a_name": PROGRAM + "  for p step n\n    bounds 0, 0, 0, 0\n",
     "typed_dot": PROGRAM + "  s[b]: bf16 = dot(p) X[b,p], X[b,p]\n",
     "store_with_fill": PROGRAM + "  store O[b else 0.0] = X[b,0]\n",
+    "scan_over_two": PROGRAM + "  s[b,p] = cumsum(b,p) X[b,p]\n",
+    "scan_that_starts_twice": PROGRAM + "  s[b] = cumsum(b) X[b,0] from 0.0 from 1.0\n",
     "masked_by_a_tile": PROGRAM + "  s[b] = masked(X[b,0], t)\n",
 }
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from builders import at, lift, op, tensor
 from einfall.ir.cascade import Output, RankDecl, ScalarDecl
+from einfall.ir.check import check_program
 from einfall.ir.errors import BindingError, CascadeError
 from einfall.ir.expr import Cast, Const, Count, Extent, Index, Masked, Read, Scalar, Seen, Start, Tile
-from einfall.ir.tile import Bounds, Dot, GridRank, Loop, LoopState, Map, Reduce, Store, TileOutput, TileProgram
+from einfall.ir.tile import Bounds, Dot, GridRank, Loop, LoopState, Map, Reduce, Scan, Store, TileOutput, TileProgram
 from einfall.ir.tile_reference import run_program, run_programs
 from einfall.ir.types import bf16, dtype, f32, i32
 from hypothesis import given
@@ -183,6 +184,48 @@ def test_layernorm_and_matmul_with_a_running_mean(m, k, n, bm, bk):
     np.testing.assert_allclose(exact, expected.numpy(), rtol=1e-9, atol=1e-9)
     single = run_program(layernorm_matmul(bm, bk), inputs, {"eps": 1e-3})["Y"]
     np.testing.assert_allclose(single, expected.numpy(), rtol=1e-3, atol=1e-3)
+
+
+ACCUMULATE = {"sum": (np.add, 0.0), "prod": (np.multiply, 1.0), "max": (np.maximum, -INF), "min": (np.minimum, INF)}
+CARRY = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum"}
+
+
+def running(word, tile, exclusive, resident):
+    """A scan over p, streamed with a carry (`tile` at a time) or resident, of a tile of rows."""
+    identity = ACCUMULATE[word][1]
+    scan = Scan("y", ("m", "p"), word, "p", masked(at("X m p"), identity) if not resident else at("X m p"), None, exclusive)
+    store = Store("Y", (Index("m"), Index("p")), t("y"))
+    if resident:
+        return program(["X: m p"], ["Y: m p"], {"m": 2}, ("p",), (scan, store), ranks={"p": resident})
+    part = Reduce("part", ("m",), word, ("p",), masked(at("X m p"), identity))
+    state = LoopState("before", ("m",), Const(identity), op(CARRY[word], t("before"), t("part")))
+    loop = Loop("p", tile, (), bounds("p"), (state,), (replace(scan, start=t("before")), store, part))
+    return program(["X: m p"], ["Y: m p"], {"m": 2}, (), (loop,))
+
+
+@given(m=EXTENT, p=EXTENT, tile=st.integers(1, 5), word=st.sampled_from(sorted(ACCUMULATE)), exclusive=st.booleans(), split=st.booleans())
+def test_scans_within_a_tile_and_carried_from_tile_to_tile(m, p, tile, word, exclusive, split):
+    x = rows(m, p).double().numpy()
+    function, identity = ACCUMULATE[word]
+    expected = function.accumulate(x, axis=1)
+    if exclusive:
+        expected = np.concatenate([np.full((m, 1), identity), expected[:, :-1]], 1)
+    scanned = running(word, tile, exclusive, 0 if split else p)
+    check_program(scanned)
+    np.testing.assert_allclose(run_program(scanned, {"X": x}, dtype=np.float64)["Y"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_scan_of_integers_wraps_around_and_rounds_to_its_type():
+    body = [Scan("y", ("p",), "sum", "p", at("X p"), Const(7), dtype=i32), Scan("z", ("p",), "max", "p", at("X p"), dtype=i32)]
+    stores = [Store("Y", (Index("p"),), t("y")), Store("Z", (Index("p"),), t("z"))]
+    p = program(["X: p = i32"], ["Y: p = i32", "Z: p = i32"], {}, ("p",), body + stores, ranks={"p": 4})
+    x = np.array([2**31 - 1, 3, -5, 4], dtype=np.int32)
+    result = run_program(p, {"X": x})
+    assert result["Y"].tolist() == [-(2**31) + 6, -(2**31) + 9, -(2**31) + 4, -(2**31) + 8]
+    assert result["Z"].tolist() == [2**31 - 1] * 4
+    body = [Scan("y", ("p",), "sum", "p", at("X p"), dtype=bf16)]
+    p = program(["X: p"], ["Y: p"], {}, ("p",), [*body, Store("Y", (Index("p"),), t("y"))], ranks={"p": 3})
+    assert run_program(p, {"X": np.array([256, 1, 1], dtype=np.float32)})["Y"].tolist() == [256, 256, 258]
 
 
 # What must show ---------------------------------------------------------------------------------------------------------------------
