@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from cookbook.attention import hydragen
+from cookbook.attention import hogwild, hydragen
 
 FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -70,3 +70,58 @@ def test_the_shared_prefix_is_counted_once_whatever_the_batch():
 def test_an_empty_prefix_leaves_the_suffix(step):
     tensors = step.tensors(5, {"b": 2, "m": 2, "g": 2, "r": 2, "s": 0, "t": 5, "e": 8, "f": 8})
     torch.testing.assert_close(exactly(step, tensors), step.wanted(tensors)[0], **CLOSE)
+
+
+# hogwild ----------------------------------------------------------------------------------------------------------------------------
+
+BLOCKED = [step_of(hogwild, "hogwild"), step_of(hogwild, "merged")]
+
+
+def rotated(x, places):
+    """RoPE of [token, head, e] by the places of the tokens, in the half-split layout."""
+    half = x.shape[-1] // 2
+    angle = places.double()[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@pytest.mark.parametrize("step", BLOCKED, ids=lambda step: step.name)
+@given(seed=SEEDS, lengths=st.tuples(st.integers(1, 9), st.integers(2, 7), st.integers(2, 7)))
+@FEW
+def test_each_worker_has_plain_attention_over_its_own_view(step, seed, lengths):
+    new, heads, e = 2, 2, 8
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    orders = ((0, 2, 1), (0, 1, 2))
+    q, keys, values = normal(2, new, 4, e), [normal(n, heads, e) for n in lengths], [normal(n, heads, e) for n in lengths]
+    stored = [rotated(k, torch.arange(len(k))) for k in keys]
+    blocks = [t for pair in zip(stored, values, strict=True) for t in pair]
+    at, n = hogwild.places(orders, lengths, new), torch.tensor(lengths, dtype=torch.int32)
+    found = exactly(step, (q, *blocks, at, n))
+    total = sum(lengths)
+    for worker, order in enumerate(orders):
+        k = rotated(torch.cat([keys[block] for block in order]), torch.arange(total)).transpose(0, 1)
+        v = torch.cat([values[block] for block in order]).transpose(0, 1)
+        mine = rotated(q[worker], torch.arange(total - new, total)).transpose(0, 1)
+        causal = torch.ones(new, total, dtype=torch.bool).tril(total - new)
+        wanted = scaled_dot_product_attention(mine[None], k[None], v[None], attn_mask=causal, scale=0.2, enable_gqa=True)[0]
+        torch.testing.assert_close(found[worker].transpose(0, 1), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("step", BLOCKED, ids=lambda step: step.name)
+def test_a_block_that_is_not_seen_and_what_is_not_filled_weigh_nothing(step):
+    q, kc, vc, kx, vx, ky, vy, _, _ = step.tensors(1, {"w": 2, "m": 1, "g": 1, "r": 2, "c": 5, "x": 4, "y": 6, "e": 8, "f": 8})
+    lengths = (5, 3, 4)
+    at, n = hogwild.places(((0, 1), (0, 1, 2)), lengths, 1), torch.tensor(lengths, dtype=torch.int32)
+    assert at[:, 0].tolist() == [7, 2, -1]  # Bob's block lies after Alice's query
+    before = exactly(step, (q, kc, vc, kx, vx, ky, vy, at, n))
+    kx[3:], ky[4:] = 1e3, -1e3
+    torch.testing.assert_close(exactly(step, (q, kc, vc, kx, vx, ky, vy, at, n)), before, **CLOSE)
+    ky += 1.0
+    after = exactly(step, (q, kc, vc, kx, vx, ky, vy, at, n))
+    torch.testing.assert_close(after[0], before[0], **CLOSE)
+    assert not torch.allclose(after[1], before[1])
