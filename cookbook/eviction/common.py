@@ -33,7 +33,7 @@ def keep(S, budget, window):
 
 # --- inputs ----------------------------------------------------------------------------------------------------------------------------
 def prompt(g: torch.Generator, n: Mapping[str, int], m: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Q [b, (g r), m, e], K [b, g, p, e], V [b, g, p, f] of a made-up prompt: a tenth of its keys draw every query, neighbours are alike."""
+    """Q [b, (g r), m, e], K [b, g, p, e], V [b, g, p, f] of a made-up prompt: a tenth of its keys draw every query."""
     b, heads, groups, p, e = n["b"], n["g"], n["r"], n["p"], n["e"]
     topic = torch.randn(b, heads, 1, e, generator=g)
     drift = torch.randn(b, heads, p, e, generator=g).cumsum(2) / math.sqrt(p)

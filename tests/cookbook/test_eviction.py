@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import einfall as ef
 import pytest
 import torch
 
-from cookbook.eviction import common, h2o
+from cookbook.eviction import common, h2o, snapkv
+
+NEEDS_KVPRESS = "kvpress pins transformers below 5.3 and brings datasets and peft with it"
 
 
 def generator(seed=0):
@@ -15,6 +19,24 @@ def generator(seed=0):
 
 def extents(step, **changed):
     return {**step.sizes, **{rank: low for rank, (low, _) in step.ranges.items()}, **changed}
+
+
+def weights_of(Q, K):
+    """Causal attention weights [b, h, m, p], every query head with its own copy of the keys."""
+    keys = K.repeat_interleave(Q.shape[1] // K.shape[1], dim=1)
+    mask = torch.ones(Q.shape[2], K.shape[2], dtype=torch.bool).tril(K.shape[2] - Q.shape[2])
+    return torch.softmax((Q @ keys.mT / Q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf), -1)
+
+
+def press_score(press, Q, K):
+    """The score of a press of kvpress, which is given the attention weights and so needs no model."""
+    heads = SimpleNamespace(num_attention_heads=Q.shape[1], num_key_value_heads=K.shape[1])
+    module = SimpleNamespace(config=heads, head_dim=K.shape[-1])
+    return press.score(module, torch.zeros(len(K), K.shape[2], 1), K, K, weights_of(Q, K), {})
+
+
+def sets(I):
+    return [[set(row.tolist()) for row in heads] for heads in I]
 
 
 # --- h2o -------------------------------------------------------------------------------------------------------------------------------
@@ -67,3 +89,40 @@ def test_a_budget_of_the_whole_cache_is_a_permutation_and_a_larger_one_an_error(
     assert sorted(I.flatten().tolist()) == list(range(6))
     with pytest.raises(ef.BindingError, match=r"rank p\b"):
         h2o.keep.reference(S, K, K, budget=7, window=2)
+
+
+def test_the_scores_are_those_of_kvpress_observed_attention():
+    kvpress = pytest.importorskip("kvpress", reason=NEEDS_KVPRESS)
+    n = extents(h2o.RECIPE.steps[0], b=2, g=2, r=3, m=37, p=37, e=16, f=4)
+    Q, K, V = common.prompt(generator(), n, "m")
+    mean = press_score(kvpress.ObservedAttentionPress(), Q, K)  # over the heads of the group and over the queries that see the token
+    _, S = h2o.scored_attention.reference(Q, K, V)
+    torch.testing.assert_close(S, mean * 3 * torch.arange(37, 0, -1), rtol=1e-4, atol=1e-6)
+
+
+# --- snapkv ----------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("pool", [1, 5])
+def test_snapkv_keeps_the_tokens_that_kvpress_keeps(groups, pool):
+    kvpress = pytest.importorskip("kvpress", reason=NEEDS_KVPRESS)
+    n = extents(snapkv.RECIPE.steps[1], b=2, g=2, r=groups, w=64, p=64, e=16, f=4)
+    Q, K, V = common.prompt(generator(), n, "w")
+    *_, I = snapkv.snapkv.reference(Q[:, :, -8:], K, V, pool=pool, budget=24)
+    wanted = press_score(kvpress.SnapKVPress(window_size=8, kernel_size=pool), Q, K)
+    assert sets(I) == sets(wanted.topk(24).indices)  # the sets: kvpress lifts the window above the largest score of the whole batch
+
+
+@pytest.mark.parametrize("window", [12, 17])
+def test_a_window_as_long_as_the_prompt_scores_nothing(window):
+    n = extents(snapkv.RECIPE.steps[1], w=window, p=12, e=8, f=4)
+    Q, K, V = common.prompt(generator(), n, "w")
+    for run in (snapkv.score.reference, snapkv.score):
+        assert run(Q, K).eq(0).all()
+    *_, I = snapkv.snapkv.reference(Q, K, V, budget=12)
+    assert I.tolist() == [[list(range(12))]]
+
+
+def test_pooling_ends_at_the_window_and_counts_zeros_beyond_the_ends():
+    K = torch.zeros(1, 1, 6, 4)  # every query gives what it sees the same
+    S = snapkv.score.reference(torch.zeros(1, 1, 1, 4), K, pool=3)
+    torch.testing.assert_close(S, torch.tensor([[[2, 3, 3, 3, 2, 0]]]) / 18)
