@@ -5,7 +5,8 @@ import math
 import einfall as ef
 import pytest
 import torch
-from cookbook.quantization import common, int4_groups
+
+from cookbook.quantization import bfp, common, int4_groups
 
 INF, NAN = math.inf, math.nan
 
@@ -76,3 +77,77 @@ def test_a_group_that_reads_as_nan_beyond_the_length_does_no_harm():
 def test_channels_must_be_two_halves_of_whole_groups():
     with pytest.raises(ef.BindingError, match="no whole extent of c, 96"):
         int4_groups.quantize(torch.zeros(1, 1, 1, 96))
+
+
+# Block floating point ---------------------------------------------------------------------------------------------------------------
+
+
+def projections():
+    """W_q of 4 heads over W_k of 2, of which every sixteenth row is loud, and tokens."""
+    generator = torch.Generator().manual_seed(2)
+    Wk = torch.randn(2, 128, 64, generator=generator) / 8
+    Wk[:, 3::16] *= 8
+    Wq = torch.randn(4, 128, 64, generator=generator) / 8
+    return Wq, Wk, torch.randn(200, 64, generator=generator), torch.randn(50, 64, generator=generator)
+
+
+def scores(Wq, Wk, X, x, keys=lambda K: K):
+    K = keys(torch.einsum("pd,ged->gpe", X, Wk)[None])[0].repeat_interleave(2, 0)
+    return torch.einsum("md,hed,hpe->hmp", x, Wq, K)
+
+
+def through(bits):
+    """Keys as the cascade's codes give them back."""
+
+    def back(K):
+        M, E = (bfp.encode8 if bits == 8 else bfp.encode4)(K)
+        return bfp.decoded(M if bits == 8 else bfp.unpacked(M), E, bits, torch.float32)
+
+    return back
+
+
+def test_sorting_the_channels_leaves_the_scores_as_they_are():
+    Wq, Wk, X, x = (t.double() for t in projections())
+    order = bfp.k_sort.reference(Wk, dtype=torch.float64)
+    q, k = bfp.reorder.reference(Wq, Wk, order, dtype=torch.float64)
+    assert not torch.equal(k, Wk)
+    torch.testing.assert_close(scores(q, k, X, x), scores(Wq, Wk, X, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sorted_channels_make_smaller_errors(bits):
+    Wq, Wk, X, x = projections()
+    q, k = bfp.reorder.reference(Wq, Wk, bfp.k_sort.reference(Wk))
+    true = scores(Wq, Wk, X, x)
+    plain = common.relative(scores(Wq, Wk, X, x, through(bits)), true)
+    assert common.relative(scores(q, k, X, x, through(bits)), true) < 0.9 * plain
+
+
+def test_an_order_that_names_no_channel_is_refused():
+    Wq, Wk, *_ = projections()
+    order = torch.arange(128, dtype=torch.int32).expand(2, 128).clone()
+    order[1, 5] = 128
+    with pytest.raises(ef.BindingError, match="index 128 from order is outside rank e"):
+        bfp.reorder.reference(Wq, Wk, order)
+
+
+@pytest.mark.parametrize("run", ["reference", "kernel"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("value", "exponent"), [(INF, -128), (-INF, -128), (NAN, -128), (3.4e38, 127), (2.0**-119, -119), (1e-40, -120), (0.0, -120)]
+)
+def test_blocks_at_the_ends_of_the_range(run, bits, value, exponent):
+    """Infinities and NaN make a block unusable, what is tiny rounds to a multiple of the least step, and a neighbour does not notice."""
+    K = torch.zeros(1, 1, 1, 64)
+    K[..., 5] = value
+    K[..., 32:] = 1.0
+    encode = bfp.encode8 if bits == 8 else bfp.encode4
+    M, E = (encode.reference if run == "reference" else encode)(K)
+    assert E.flatten().tolist() == [exponent, 0]
+    found = bfp.decoded(M if bits == 8 else bfp.unpacked(M), E, bits, torch.float64)
+    assert bool((found[..., 32:] == 1.0).all())
+    if exponent == -128:
+        assert bool(found[..., :32].isnan().all())
+    else:
+        step = 2.0 ** (exponent + 2 - bits)
+        assert float((found - K)[..., 5].abs()) <= step / 2 or abs(value) > found[..., 5].abs() == (2 ** (bits - 1) - 1) * step
