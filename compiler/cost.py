@@ -19,7 +19,7 @@ from ..ir.cascade import Cascade, Iterate, Statement, defined, expressions
 from ..ir.errors import CascadeError, UnsupportedError
 from ..ir.expr import Expr, Index, Read, index_ranks, reads
 from ..ir.infer import declared_types
-from ..ir.plan import KernelPlan, Plan
+from ..ir.plan import Plan, Step
 from ..ir.types import DType
 from ..schedules.target import Target
 from .flow import fiber, trace_flow
@@ -77,14 +77,14 @@ def _touched(ranks: tuple[str, ...], read: Read, sizes: Mapping[str, int]) -> in
 
 
 def kernel_traffic(plan: Plan, sizes: Mapping[str, int]) -> tuple[tuple[TensorTraffic, ...], ...]:
-    """For each kernel of a plan the bytes that it moves at the least: an input once for every stream that needs it, an output once.
+    """For each step of a plan the bytes that it moves at the least: an input once for every stream that needs it, an output once.
 
     What is gathered from an input, beside or instead of a stream over it, counts as the elements named.
     """
     types = declared_types(plan.cascade)
     table = plan.cascade.tensor_ranks()
     moved = []
-    for kernel in plan.kernels:
+    for kernel in plan.steps:
         found = []
         for name in kernel.inputs:
             elements = sum(_elements(table[name], uses, sizes) for uses in _uses(plan, kernel, name))
@@ -95,7 +95,7 @@ def kernel_traffic(plan: Plan, sizes: Mapping[str, int]) -> tuple[tuple[TensorTr
     return tuple(moved)
 
 
-def _uses(plan: Plan, kernel: KernelPlan, tensor: str) -> list[list[Read]]:
+def _uses(plan: Plan, kernel: Step, tensor: str) -> list[list[Read]]:
     """The reads of `tensor` in each of a kernel's streams: its stages, and what is stored after them. Unindexed by a stream, one list."""
     streamed = {r.out for stage in kernel.stages for r in stage.reductions}
     owners = {name: s for s in plan.cascade.body for name, _ in defined(s)}

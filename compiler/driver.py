@@ -20,12 +20,13 @@ from ..backends.registry import backend_for
 from ..configuration import current
 from ..ir.cascade import Cascade
 from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedError
-from ..ir.plan import Plan
+from ..ir.infer import declared_types
+from ..ir.plan import LibraryPlan, Plan
 from ..ir.tile import TileProgram, kernel_tiles
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import DiskCache, key_of, package_fingerprint
-from .executable import Call, Executable, Part
+from .executable import Call, Executable, LibraryPart, Part
 from .store import executable_of, manifest, toolchain
 
 FORMAT = 1  # of the entries; raised when their layout changes
@@ -106,8 +107,16 @@ def _compile(order: Order, schedule: Schedule | None, store: DiskCache) -> Execu
     if found is not None:
         return found
     lowered = lower_cascade(order, schedule)
-    parts, names = [], []
-    for program, source in zip(lowered.programs, lowered.sources, strict=True):
+    parts: list[Part | LibraryPart] = []
+    names: list[dict[str, str]] = []
+    kernels = zip(lowered.programs, lowered.sources, strict=True)
+    types = declared_types(lowered.plan.cascade)
+    for step in lowered.plan.steps:
+        if isinstance(step, LibraryPlan):
+            parts.append(LibraryPart.of(step, types))
+            names.append({})
+            continue
+        program, source = next(kernels)
         name = key_of(str(FORMAT), source.text, machine_text(order.target))
         parts.append(_part(Call.of(program), source, name, store))
         names.append({"artifact": name, "source": SOURCE, "binary": BINARY})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends.library import library_function
 from ..backends.registry import backend_for
 from ..configuration import current
 from ..ir.binding import bind_sizes, to_torch
@@ -22,6 +23,7 @@ from ..ir.cascade import Axis, Cascade, expressions
 from ..ir.errors import BindingError, UnsupportedError
 from ..ir.expr import reads
 from ..ir.tile import TileProgram
+from ..ir.types import DType
 from ..ir.types import dtype as dtype_named
 from ..schedules.schedule import Schedule
 from .binding import arguments, given_outputs, shape_of, strided_inputs
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..backends.base import Artifact, Source
-    from ..ir.plan import Plan
+    from ..ir.plan import LibraryPlan, Plan
     from ..schedules.target import Target
 
 MEMO_LIMIT = 4096  # signatures kept; a cache that grows by one key a step would otherwise never stop
@@ -89,6 +91,25 @@ class Call:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LibraryPart:
+    """A statement of an executable that library calls compute: how it is called, and the statement as a cascade of its own."""
+
+    call: Call
+    cascade: Cascade
+
+    @staticmethod
+    def of(step: LibraryPlan, types: Mapping[str, DType]) -> LibraryPart:
+        """The part of a plan's step; `types` gives the declared type of every tensor."""
+        c = step.cascade
+        outputs = tuple(Written(o.name, o.axes, types[o.name].name) for o in c.outputs)
+        return LibraryPart(Call(step.name, step.inputs, outputs, tuple(s.name for s in c.scalars), ()), c)
+
+    def function(self, sizes: Mapping[str, int]) -> Function:
+        """`launch(*inputs, *outputs, *scalars)` at these extents."""
+        return library_function(self.cascade, sizes)
+
+
 @dataclass(slots=True)
 class Part:
     """One kernel of an executable: how it is called, its source, and its binary, in memory or in a file.
@@ -101,6 +122,7 @@ class Part:
     known: Mapping[str, Any] | None = None
     artifact: Artifact | None = None
     path: Path | None = None
+    loaded: Function | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -119,9 +141,11 @@ class Part:
             self.artifact = backend_for(self.source.target).restore(self.path, self.source)
         return self.artifact
 
-    def function(self) -> Function:
-        """`launch(*inputs, *outputs, *scalars)`."""
-        return backend_for(self.source.target).load(self.restored())
+    def function(self, sizes: Mapping[str, int]) -> Function:
+        """`launch(*inputs, *outputs, *scalars)`, whatever the extents."""
+        if self.loaded is None:
+            self.loaded = backend_for(self.source.target).load(self.restored())
+        return self.loaded
 
     def binary(self, scratch: Path) -> Path:
         """A file that holds the binary; `scratch` is written if there is none yet."""
@@ -160,7 +184,7 @@ class Executable:
     Attributes:
         cascade, target, sizes: what was compiled, for which machine, and the extents of the call it was compiled for.
         schedule: the schedule of its kernels, as given or chosen.
-        parts: the kernels, in launch order.
+        parts: the kernels and library calls, in launch order.
         static: the extents that kernels were specialised to.
         strided: inputs whose last axis need not be contiguous.
     """
@@ -171,7 +195,7 @@ class Executable:
         target: Target,
         schedule: Schedule,
         sizes: Mapping[str, int],
-        parts: Sequence[Part],
+        parts: Sequence[Part | LibraryPart],
         strided: frozenset[str] = frozenset(),
     ) -> None:
         self.cascade = cascade
@@ -186,7 +210,6 @@ class Executable:
         self._converters = tuple((s.name, converter(s.dtype)) for s in cascade.scalars)
         self._gathers = any(True for s in cascade.body for e in expressions(s) for r in reads(e) for c in r.coords for _ in reads(c))
         self._memo: dict[tuple[object, ...], Bound] = {}
-        self._functions: tuple[Function, ...] | None = None
         self._plan: Plan | None = None
         self._programs: tuple[TileProgram, ...] | None = None
 
@@ -248,14 +271,19 @@ class Executable:
         self._plan, self._programs = plan, tuple(programs)
 
     @property
+    def kernels(self) -> tuple[Part, ...]:
+        """The parts that are kernels of our own."""
+        return tuple(part for part in self.parts if isinstance(part, Part))
+
+    @property
     def source(self) -> str:
         """The emitted source of all kernels, in launch order."""
-        return "\n\n".join(part.source.text for part in self.parts)
+        return "\n\n".join(part.source.text for part in self.kernels)
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """What the target's compiler made, one a kernel, in launch order."""
-        return tuple(part.restored() for part in self.parts)
+        return tuple(part.restored() for part in self.kernels)
 
     @property
     def artifact(self) -> Artifact:
@@ -265,7 +293,8 @@ class Executable:
     @property
     def facts(self) -> dict[str, Any]:
         """What is known of the binary; by kernel where there are several."""
-        return dict(self.parts[0].facts) if len(self.parts) == 1 else {part.call.kernel: dict(part.facts) for part in self.parts}
+        parts = self.kernels
+        return dict(parts[0].facts) if len(parts) == 1 else {part.call.kernel: dict(part.facts) for part in parts}
 
     @property
     def plan(self) -> Plan:
@@ -348,8 +377,6 @@ class Executable:
         evaluate(self.cascade, dict(zip(self._names, tensors, strict=True)), dict(zip(self._scalars, scalars, strict=True)))
 
     def _steps(self, sizes: Mapping[str, int], differentiable: bool) -> Bound:
-        if self._functions is None:
-            self._functions = tuple(part.function() for part in self.parts)
         calls = [part.call for part in self.parts]
         written = {o.name: o for call in calls for o in call.outputs}
         results = [o.name for o in self.cascade.outputs]
@@ -360,12 +387,12 @@ class Executable:
         )
         steps = tuple(
             Step(
-                function,
-                tuple(slot[name] for name in (*call.inputs, *(o.name for o in call.outputs))),
-                tuple(self._scalars.index(name) for name in call.scalars),
+                part.function(sizes),
+                tuple(slot[name] for name in (*part.call.inputs, *(o.name for o in part.call.outputs))),
+                tuple(self._scalars.index(name) for name in part.call.scalars),
             )
-            for function, call in zip(self._functions, calls, strict=True)
-            if all(size > 0 for o in call.outputs for size in shape_of(o.axes, sizes))  # nothing to write, nothing to launch
+            for part in self.parts
+            if all(size > 0 for o in part.call.outputs for size in shape_of(o.axes, sizes))  # nothing to write, nothing to launch
         )
         return Bound(allocated, len(results), steps, differentiable)
 

@@ -297,14 +297,14 @@ def trace_flow(c: Cascade, along: Fiber, inputs: frozenset[str], plan: Plan | No
     """
     stages = {
         reduction.out: stage
-        for kernel in (plan.kernels if plan else ())
+        for kernel in (plan.steps if plan else ())
         if kernel.stream in along.ranks
         for stage in kernel.stages
         for reduction in stage.reductions
     }
     owners = {name: s for s in c.body for name, _ in defined(s)}
     flow = Flow(c, along, inputs, c.tensor_ranks(), owners, stages, every_source=every_source)
-    wanted = owners if plan is None else {o: None for k in plan.kernels for o in k.outputs} | {o.name: None for o in c.outputs}
+    wanted = owners if plan is None else {o: None for k in plan.steps for o in k.outputs} | {o.name: None for o in c.outputs}
     for name in wanted:
         flow.effect(name)
     return flow

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..ir.cascade import Cascade, Einsum
+from ..ir.cascade import Cascade, Einsum, Statement
 from ..ir.expr import Const, Expr, Op, Read, Tile, aligned, reads, rewrite
 from ..ir.plan import KernelPlan, Plan, Stage, Value
 
 
 def planned_cascade(plan: Plan) -> Cascade:
-    """The statements of all kernels in launch order."""
-    body = [s for number, kernel in enumerate(plan.kernels) for s in _Kernel(kernel, number).statements()]
+    """The statements of all steps in launch order."""
+    body: list[Statement] = []
+    for number, step in enumerate(plan.steps):
+        body.extend(_Kernel(step, number).statements() if isinstance(step, KernelPlan) else step.cascade.body)
     return replace(plan.cascade, body=tuple(body))
 
 

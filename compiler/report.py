@@ -14,7 +14,7 @@ from typing import Any
 
 from ..ir.cascade import Cascade
 from ..ir.errors import EinfallError
-from ..ir.plan import KernelPlan, Plan, Stage, State
+from ..ir.plan import KernelPlan, Plan, Stage, State, Step
 from ..ir.text import print_cascade, print_expr
 from ..schedules.target import Target
 from .analysis import PassReport, input_ranks, pass_report, plan_passes, plan_reads
@@ -56,9 +56,9 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """One kernel of the plan and the bytes it moves, None without all extents."""
+    """One step of the plan and the bytes it moves, None without all extents."""
 
-    plan: KernelPlan
+    plan: Step
     traffic: tuple[TensorTraffic, ...] | None
 
     @property
@@ -71,6 +71,7 @@ class KernelReport:
         return {
             "name": self.plan.name,
             "stream": self.plan.stream,
+            "library": None if isinstance(self.plan, KernelPlan) else str(self.plan.cascade),
             "stages": [
                 {"reductions": [r.out for r in s.reductions], "domain": [print_expr(p) for p in s.domain.predicates]} for s in stages
             ],
@@ -162,6 +163,7 @@ def explain(cascade: Cascade, sizes: Mapping[str, int], target: Target, *, plan:
             refusals.append(Refusal("make_plan", error.statement or "", error.what))
     if plan is not None:
         refusals += [Refusal(r.rewrite, r.statement, r.reason) for k in plan.kernels for s in k.stages for r in s.rejected]
+        refusals += [Refusal(r.rewrite, r.statement, r.reason) for r in plan.cuts]
     before = pass_report(cascade)
     reads_after = _reads_after(cascade, plan) if plan else ()
     found = None if missing else cost(cascade, known, target, plan)
@@ -190,8 +192,8 @@ def _reads_after(c: Cascade, plan: Plan) -> tuple[tuple[str, tuple[tuple[str, in
 def _kernels(plan: Plan, sizes: Mapping[str, int]) -> tuple[KernelReport, ...]:
     known = complete_sizes(plan.cascade, {r: n for r, n in sizes.items() if r in plan.cascade.all_ranks()})
     if missing_sizes(plan.cascade, known):
-        return tuple(KernelReport(k, None) for k in plan.kernels)
-    return tuple(KernelReport(k, moved) for k, moved in zip(plan.kernels, kernel_traffic(plan, known), strict=True))
+        return tuple(KernelReport(k, None) for k in plan.steps)
+    return tuple(KernelReport(k, moved) for k, moved in zip(plan.steps, kernel_traffic(plan, known), strict=True))
 
 
 def _preparation(c: Cascade, plan: Plan, sizes: Mapping[str, int]) -> list[Rewrite]:

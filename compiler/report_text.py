@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..ir.text import print_cascade, print_expr
+from ..ir.plan import KernelPlan
+from ..ir.text import print_cascade, print_expr, print_statement
 from .figures import basis_of, byte_count, duration, missing_hint, quantity
 from .operations import by_unit
 
@@ -68,7 +69,10 @@ def _kernels(report: Report) -> list[str]:
 def _kernel(kernel: KernelReport) -> list[str]:
     plan = kernel.plan
     moved = "" if kernel.traffic_bytes is None else f", {byte_count(kernel.traffic_bytes)}"
-    lines = [f"  kernel {plan.name}: reads {', '.join(plan.inputs) or 'nothing'}, stores {', '.join(plan.outputs)}{moved}"]
+    kind = "kernel" if isinstance(plan, KernelPlan) else "library"
+    lines = [f"  {kind} {plan.name}: reads {', '.join(plan.inputs) or 'nothing'}, stores {', '.join(plan.outputs)}{moved}"]
+    if not isinstance(plan, KernelPlan):
+        lines += [f"    {line}" for s in plan.cascade.body for line in print_statement(s).splitlines()]
     for stage in plan.stages:
         lines.append(f"    stream {plan.stream}: {', '.join(r.out for r in stage.reductions)}")
         lines += [f"      where {print_expr(p)}" for p in stage.domain.predicates]

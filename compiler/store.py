@@ -24,7 +24,7 @@ from ..ir.errors import BuildError, EinfallError, UnsupportedError
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import MANIFEST, read_entry, write_entry
-from .executable import Call, Executable, Part
+from .executable import Call, Executable, LibraryPart, Part
 
 FORMAT = 1  # of the manifest; raised when its layout changes
 _TOOLS = ("apache-tvm", "apache-tvm-ffi", "triton")
@@ -43,7 +43,10 @@ def toolchain() -> tuple[str, ...]:
 
 
 def manifest(executable: Executable, kernels: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is to be known of an executable beside its files. `kernels` has the files of each kernel, and its facts if they are wanted."""
+    """What is to be known of an executable beside its files.
+
+    `kernels` has for each part the files of a kernel, and its facts if they are wanted; nothing for a library call.
+    """
     return {
         "format": FORMAT,
         "toolchain": list(toolchain()),
@@ -52,11 +55,14 @@ def manifest(executable: Executable, kernels: list[dict[str, Any]]) -> dict[str,
         "schedule": executable.schedule.to_dict(),
         "sizes": dict(executable.sizes),
         "strided": sorted(executable.strided),
-        "kernels": [
-            {"call": part.call.to_dict(), "entry": part.source.entry, **files}
-            for part, files in zip(executable.parts, kernels, strict=True)
-        ],
+        "kernels": [_entry(part, files) for part, files in zip(executable.parts, kernels, strict=True)],
     }
+
+
+def _entry(part: Part | LibraryPart, files: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(part, LibraryPart):
+        return {"call": part.call.to_dict(), "library": str(part.cascade)}
+    return {"call": part.call.to_dict(), "entry": part.source.entry, **files}
 
 
 def executable_of(facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], str], Path], cascade: Cascade | None = None) -> Executable:
@@ -70,14 +76,17 @@ def executable_of(facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], s
         found, here = ", ".join(facts["toolchain"]), ", ".join(toolchain())
         raise BuildError(f"it was built with {found}; here are {here}", hint="compile it again, or install those versions")
     target = Target.from_dict(facts["target"])
-    parts = []
+    from ..ir.text import parse_cascade
+
+    parts: list[Part | LibraryPart] = []
     for kernel in facts["kernels"]:
+        if "library" in kernel:
+            parts.append(LibraryPart(Call.from_dict(kernel["call"]), parse_cascade(str(kernel["library"]), MANIFEST)))
+            continue
         text = file(kernel, "source").read_text(encoding="utf-8")
         source = Source.make(text, str(kernel["entry"]), target)
         parts.append(Part(Call.from_dict(kernel["call"]), source, kernel.get("facts"), path=file(kernel, "binary")))
     if cascade is None:
-        from ..ir.text import parse_cascade
-
         cascade = parse_cascade(str(facts["cascade"]), MANIFEST)
     sizes = {str(rank): int(size) for rank, size in facts["sizes"].items()}
     return Executable(cascade, target, Schedule.from_dict(facts["schedule"]), sizes, parts, frozenset(facts["strided"]))
@@ -95,8 +104,11 @@ def save_executable(executable: Executable, folder: str | Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".einfall-", dir=place.parent) as beside:
             files: dict[str, bytes | Path] = {}
-            kernels = []
+            kernels: list[dict[str, Any]] = []
             for number, part in enumerate(executable.parts):
+                if isinstance(part, LibraryPart):
+                    kernels.append({})
+                    continue
                 name = f"{number}_{re.sub(r'[^A-Za-z0-9_]', '_', part.call.kernel)}"
                 files[f"{name}.py"] = part.source.text.encode()
                 files[f"{name}.so"] = part.binary(Path(beside) / f"{name}.so")

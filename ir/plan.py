@@ -1,6 +1,6 @@
 """The derived plan: which kernels, and within each which streams carry which states. Semantic; no tile size and no target.
 
-    Plan(cascade, kernels)          KernelPlan(stream, stages, outputs)
+    Plan(cascade, steps)            step = KernelPlan(stream, stages, outputs) | LibraryPlan(cascade) | LoopPlan(cascade, body)
     Stage(reductions, origins, states, values, domain)
 
 A *state* is a running sum (or maximum, or product) of a summand evaluated at the current *origins*: values such as a running
@@ -12,7 +12,7 @@ a *value* rebuilds a reduction of the cascade from the states. Moving values app
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from .cascade import Cascade, Einsum
 from .expr import Const, Expr
@@ -123,9 +123,62 @@ class KernelPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LibraryPlan:
+    """A statement over whole tensors that is left to library calls: a sort, a long scan, a scatter, a concatenation in memory.
+
+    `cascade` is that one statement by itself: its inputs are the operands as they lie in memory, its outputs what it defines.
+    """
+
+    name: str
+    cascade: Cascade
+    stream: None = None
+    stages: tuple[()] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.cascade.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.cascade.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan:
+    """An iterative block whose steps are a plan of their own, run one after the other.
+
+    `cascade` is the block by itself. `body` computes the next value of every state, as `name.next`, and the stop condition, as
+    `until`, from the states before the step and the tensors at the step; the scalar `rank` is the number of the step.
+    """
+
+    name: str
+    cascade: Cascade
+    body: Plan
+    stream: None = None
+    stages: tuple[()] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.cascade.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.cascade.outputs)
+
+
+Step: TypeAlias = "KernelPlan | LibraryPlan | LoopPlan"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The kernels in launch order and what the derivation did, line by line."""
+    """The steps in launch order and what the derivation did, line by line. `cuts` says why a result is stored between steps."""
 
     cascade: Cascade
-    kernels: tuple[KernelPlan, ...]
+    steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    cuts: tuple[Rejected, ...] = ()
+
+    @property
+    def kernels(self) -> tuple[KernelPlan, ...]:
+        """The steps that become kernels of our own."""
+        return tuple(step for step in self.steps if isinstance(step, KernelPlan))

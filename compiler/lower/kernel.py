@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ...ir.cascade import Cascade, Output, RankDecl, Tensor
@@ -169,17 +169,18 @@ class _KernelLowering:
         ranks += tuple(RankDecl(r, size) for r, size in known.items() if r not in declared)
         grid = tuple(GridRank(r, self.tiles[r]) for r in self.roles.grid)
         scalars = tuple(s for s in self.cascade.scalars if _reads_scalar(body, s.name))
-        return TileProgram(self.kernel.name, self._inputs(known), stored, scalars, ranks, grid, self.roles.resident, body)
+        return TileProgram(self.kernel.name, self._inputs(known, body), stored, scalars, ranks, grid, self.roles.resident, body)
 
     def _stored_type(self, name: str) -> DType:
         return self.values.types[name]
 
-    def _inputs(self, known: Mapping[str, Const]) -> tuple[Tensor, ...]:
+    def _inputs(self, known: Mapping[str, Const], body: tuple[Node, ...]) -> tuple[Tensor, ...]:
         """The tensors that the kernel reads, inputs of the cascade first, and such as are needed only for the extent of a rank."""
         table = self.cascade.tensor_ranks()
         names = [*self.kernel.inputs]
         wanted = {r for name in self.kernel.outputs for r in table[name]} | set(self.roles.grid)
         wanted |= {self.kernel.stream} if self.kernel.stream else set()
+        wanted |= {n.rank for e in _all_expressions(body) for n in walk(e) if isinstance(n, Extent)}
         given = {r for name in names for r in table[name]} | set(known) | {d.name for d in self.cascade.ranks}
         for rank in sorted(wanted - given):
             carrier = next((t.name for t in self.cascade.inputs if rank in t.ranks), None)
@@ -193,11 +194,13 @@ class _KernelLowering:
 
 
 def _reads_scalar(nodes: tuple[Node, ...], name: str) -> bool:
+    return any(n == Scalar(name) for e in _all_expressions(nodes) for n in walk(e))
+
+
+def _all_expressions(nodes: tuple[Node, ...]) -> Iterator[Expr]:
+    """Every expression of `nodes`, those that say where a loop runs included."""
     for node in nodes:
-        if any(n == Scalar(name) for e in node_expressions(node) for n in walk(e)):
-            return True
+        yield from node_expressions(node)
         if isinstance(node, Loop):
-            parts = (*node.conditions, node.bounds.begin, node.bounds.whole_begin, node.bounds.whole_end, node.bounds.end)
-            if any(n == Scalar(name) for e in parts for n in walk(e)) or _reads_scalar(node.body, name):
-                return True
-    return False
+            yield from (*node.conditions, node.bounds.begin, node.bounds.whole_begin, node.bounds.whole_end, node.bounds.end)
+            yield from _all_expressions(node.body)

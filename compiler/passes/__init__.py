@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 from .canonicalize_exponentials import canonicalize_exponentials
 from .decide_logic import decide_logic
+from .expand_scans import expand_scans
 from .lift_predicates import lift_predicates
 from .merge_duplicates import merge_duplicates
+from .name_operands import name_operands
 from .sink_accesses import sink_accesses
+from .unroll_blocks import unroll_blocks
 
 if TYPE_CHECKING:
     from ...ir.cascade import Cascade
@@ -23,10 +26,13 @@ Rewrite = Callable[["Cascade"], "Cascade"]
 
 PIPELINE: tuple[tuple[Rewrite, str], ...] = (
     (merge_duplicates, "first, so that later passes see each computation once"),
+    (unroll_blocks, "before everything that looks at statements: its steps are statements like any other"),
+    (expand_scans, "before accesses sink, since it renames the rank that is scanned"),
     (decide_logic, "any and all become max and min before masks and laws look at reductions"),
     (sink_accesses, "before predicates, since a shifted read brings a condition of its own"),
     (lift_predicates, "before exponents are rewritten, while -inf still marks what a mask hides"),
-    (canonicalize_exponentials, "last before streaming: it removes origins"),
+    (canonicalize_exponentials, "before streaming: it removes origins"),
+    (name_operands, "when expressions are final: what works on memory gets what lies there"),
     (merge_duplicates, "again: the passes above make equal statements"),
 )
 
@@ -55,4 +61,5 @@ def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[s
     from .partition_kernels import partition_kernels
 
     prepared, notes = prepare(cascade)
-    return Plan(prepared, partition_kernels(prepared, sizes, repeat=repeat), notes)
+    partition = partition_kernels(prepared, sizes, repeat=repeat)
+    return Plan(prepared, partition.steps, notes, partition.cuts)

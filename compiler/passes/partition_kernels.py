@@ -3,21 +3,23 @@
 A kernel is grown backwards from the tensors it stores. Its stream is a rank that the last reductions before them reduce; other
 reductions on the way are done within a tile, over ranks held whole, unless such a rank is also one that the kernel iterates over
 or is too long for that: then the reduction's result is stored by a kernel of its own (statistics are exported, not elements).
-Stored tensors with the same stream and grid share a kernel.
+Stored tensors with the same stream and grid share a kernel, unless one must lie in memory whole before the other is computed.
+Statements over whole tensors (sorts, long scans, scatters) are steps of their own between the kernels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ...ir.cascade import Cascade, Einsum, Statement, defined
+from ...ir.cascade import Cascade, Concat, Einsum, Populate, Scan, Scatter, Statement, defined
 from ...ir.errors import UnsupportedError
-from ...ir.expr import Index, reads
-from ...ir.plan import KernelPlan, Stage
+from ...ir.expr import reads
+from ...ir.plan import KernelPlan, LibraryPlan, Rejected, Stage, Step
 from .graph import definitions, dependencies
 from .stream_reductions import Streamer
+from .whole_tensors import behind, single, whole_tensors
 
 RESIDENT_LIMIT, SHORT_LIMIT = 1024, 64
 INNER_LIMIT = 1 << 14
@@ -34,9 +36,17 @@ class _Group:
     roots: list[str] = field(default_factory=list)
 
 
-def partition_kernels(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset()) -> tuple[KernelPlan, ...]:
-    """The kernels in launch order. Raises `UnsupportedError` naming a statement that no kernel can hold yet."""
-    return _Partitioner(cascade, sizes, repeat).kernels()
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The steps, and for each result stored only for a later step the reason."""
+
+    steps: tuple[Step, ...]
+    cuts: tuple[Rejected, ...]
+
+
+def partition_kernels(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset()) -> Partition:
+    """The steps in launch order. Raises `UnsupportedError` naming a statement that no step can hold yet."""
+    return _Partitioner(cascade, sizes, repeat).partition()
 
 
 class _Partitioner:
@@ -47,17 +57,37 @@ class _Partitioner:
         self.repeat = repeat
         self.table = definitions(cascade)
         self.depends = dependencies(cascade)
+        self.whole = whole_tensors(cascade)
+        self.behind = behind(cascade)
         self.order = {name: i for i, s in enumerate(cascade.body) for name, _ in defined(s)}
 
-    def kernels(self) -> tuple[KernelPlan, ...]:
+    def partition(self) -> Partition:
         """Kernels are grown anew whenever one turns out to need a result stored, so that results with equal streams share a kernel."""
-        roots = [o.name for o in self.cascade.outputs]
+        library = [self._whole(s) for s in self.cascade.body if not isinstance(s, Einsum)]
+        made = {name for step in library for name in step.outputs}
+        given = {t.name for t in self.cascade.inputs}
+        roots = [name for name in dict.fromkeys((*(o.name for o in self.cascade.outputs), *self.whole)) if name not in made | given]
         while True:
-            grown = [self._grow(group, i) for i, group in enumerate(self._group(list(dict.fromkeys(roots))))]
+            grown = [self._grow(group, i) for i, group in enumerate(self._group(roots))]
             missing = [name for _, needs in grown for name in needs if name not in roots]
             if not missing:
-                return self._sorted([plan for plan, _ in grown])
+                steps = self._sorted([*(plan for plan, _ in grown), *library])
+                given.update(o.name for o in self.cascade.outputs)
+                return Partition(steps, tuple(Rejected("fuse", name, self._why(name)) for name in roots if name not in given))
             roots.extend(missing)
+
+    def _why(self, name: str) -> str:
+        """The reason why a result is stored for a later kernel."""
+        if name in self.whole:
+            return f"stored: {self.whole[name]}"
+        s = self.table[name]
+        over = ", ".join(s.over) if isinstance(s, Einsum) else ""
+        return f"stored: a reduction over {over} cannot be done within the tiles of the kernel that reads it, or many would do it again"
+
+    def _whole(self, s: Statement) -> LibraryPlan:
+        if not isinstance(s, (Scan, Populate, Scatter, Concat)):
+            raise self._unsupported(s)
+        return LibraryPlan(defined(s)[0][0], single(self.cascade, s))
 
     def _group(self, roots: list[str]) -> list[_Group]:
         groups: list[_Group] = []
@@ -65,7 +95,8 @@ class _Partitioner:
             stream = self._stream(root)
             ranks = frozenset(self._ranks(root)) - {stream}
             for group in groups:
-                if group.stream == stream and self._share(group.ranks, ranks):
+                apart = any(other in self.behind[root] or root in self.behind[other] for other in group.roots)
+                if group.stream == stream and not apart and self._share(group.ranks, ranks):
                     group.roots.append(root)
                     group.ranks = group.ranks | ranks
                     break
@@ -103,10 +134,8 @@ class _Partitioner:
 
         def visit(name: str) -> None:
             s = self.table.get(name)
-            if s is None or name in found:
+            if name in found or not isinstance(s, Einsum) or (name in self.whole and name != root):
                 return
-            if not isinstance(s, Einsum):
-                raise self._unsupported(s)
             if s.op is not None:
                 found[name] = s
                 return
@@ -133,11 +162,9 @@ class _Partitioner:
             if name in reductions or name in statements or name in inputs:
                 return
             s = self.table.get(name)
-            if s is None:
+            if not isinstance(s, Einsum) or (name in self.whole and name not in group.roots):
                 inputs[name] = None
                 return
-            if not isinstance(s, Einsum):
-                raise self._unsupported(s)
             streamed = s.op is not None and group.stream in s.over
             if name not in group.roots and s.op is not None and not streamed and not self._inner(s, group):
                 inputs[name] = None
@@ -149,7 +176,6 @@ class _Partitioner:
                 statements[name] = s
             for e in (s.expr, *([s.where] if s.where is not None else [])):
                 for r in reads(e):
-                    self._check_aligned(s, r.tensor, r.coords)
                     visit(r.tensor)
 
         for root in group.roots:
@@ -157,7 +183,7 @@ class _Partitioner:
         names = sorted(reductions, key=self.order.__getitem__)
         stages: tuple[Stage, ...] = ()
         if group.stream is not None:
-            stages = Streamer(self.cascade, group.stream, names, online=group.stream not in self.repeat).stages()
+            stages = Streamer(self._without(inputs), group.stream, names, online=group.stream not in self.repeat).stages()
         ordered = tuple(statements[n] for n in sorted(statements, key=self.order.__getitem__))
         name = self.cascade.name if index == 0 else f"{self.cascade.name}_{index}"
         return KernelPlan(name, group.stream, stages, ordered, tuple(inputs), tuple(group.roots)), missing
@@ -171,14 +197,9 @@ class _Partitioner:
         apart = all(rank not in group.ranks or self._is_short(rank, group.ranks) for rank in s.over)
         return size <= INNER_LIMIT and apart and group.stream not in s.over
 
-    def _check_aligned(self, s: Einsum, tensor: str, coords: tuple[object, ...]) -> None:
-        source = self.table.get(tensor)
-        if isinstance(source, Einsum) and coords != tuple(Index(r) for r in source.ranks):
-            raise UnsupportedError(
-                f"{tensor} is a result of this cascade and is read away from its own indices",
-                cascade=self.cascade.name, statement=s.out, location=s.location,
-                hint=f"make {tensor} a cascade of its own and pass it in",
-            )  # fmt: skip
+    def _without(self, inputs: Container[str]) -> Cascade:
+        """The cascade for a kernel that reads `inputs` from memory: how these came about is none of its business."""
+        return replace(self.cascade, body=tuple(s for s in self.cascade.body if not any(name in inputs for name, _ in defined(s))))
 
     def _unsupported(self, s: Statement) -> UnsupportedError:
         name = defined(s)[0][0]
@@ -196,15 +217,15 @@ class _Partitioner:
             return tensor.ranks if tensor is not None else ()
         return dict(defined(s))[name]
 
-    def _sorted(self, plans: list[KernelPlan]) -> tuple[KernelPlan, ...]:
+    def _sorted(self, steps: list[Step]) -> tuple[Step, ...]:
         """Producers before consumers, otherwise as found."""
-        ready: list[KernelPlan] = []
-        waiting = list(plans)
+        ready: list[Step] = []
+        waiting = list(steps)
         while waiting:
-            made = {name for p in waiting for name in p.outputs}
-            free = [p for p in waiting if not made & set(p.inputs) - set(p.outputs)]
+            made = {name for step in waiting for name in step.outputs}
+            free = [step for step in waiting if not made & set(step.inputs) - set(step.outputs)]
             ready.extend(free)
-            waiting = [p for p in waiting if p not in free]
+            waiting = [step for step in waiting if step not in free]
             if not free:
                 raise UnsupportedError("the kernels of this cascade would need each other's results", cascade=self.cascade.name)
         return tuple(ready)

@@ -6,8 +6,9 @@
     Z[t,v] = sum(e) A[t,e] * W[v,e]               Z_at[t] = sum(e) A[t,e] * W[Y[t], e]
     T[t]   = Z[t, Y[t]]                     ->    T[t]    = Z_at[t]
 
-Without it a single element read from a value would keep the whole value in memory. Through a reduction the access makes a new,
-smaller reduction. Reads through scans, populates, concatenations and blocks stay as they are.
+Without it a single element read from a value would keep the whole value in memory. Through a reduction the access makes a new
+reduction, and only where that has fewer ranks. Other reads, and those through scans, populates, concatenations and blocks, stay as they
+are: what they read is stored by a kernel first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .graph import at_coordinates, definitions, drop_unused, fresh, map_expressi
 
 
 def sink_accesses(cascade: Cascade) -> Cascade:
-    """No map is read but at its own indices; no plain reduction either."""
+    """No map is read but at its own indices; a reduction neither, if the elements read are a part of it."""
     table = definitions(cascade)
     taken = {*table, *(t.name for t in cascade.inputs)}
     made: dict[Read, str] = {}
@@ -45,7 +46,7 @@ def sink_accesses(cascade: Cascade) -> Cascade:
 
     def reduced_at(node: Read, statement: Einsum, coordinates: dict[str, Expr]) -> Expr | None:
         ranks = tuple(dict.fromkeys(r for c in node.coords for r in expression_ranks(c)))
-        if set(ranks) & set(statement.over):
+        if set(ranks) & set(statement.over) or len(ranks) >= len(statement.ranks):
             return None
         if node not in made:
             made[node] = fresh(f"{statement.out}_at", taken)

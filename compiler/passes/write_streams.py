@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...ir.cascade import Cascade, Einsum, Iterate, IterState, Statement
+from ...ir.cascade import Cascade, Einsum, Iterate, IterState, Statement, defined, expressions
 from ...ir.expr import Const, Expr, Extent, Index, Op, Read, Tile, aligned, reads, rewrite
 from ...ir.plan import KernelPlan, Origin, Plan, Stage, State, Value
-from .graph import dependencies, drop_unused, fresh
+from .graph import definitions, dependencies, drop_unused, fresh
 from .stream_reductions import in_flight, rebuild
 
 LOWEST = Const(-3.4028234663852886e38)
@@ -31,14 +31,14 @@ def write_streams(plan: Plan) -> Cascade:
     written: set[str] = set()
     depends = dependencies(cascade)
     stages = [(k, s) for k in plan.kernels for s in k.stages]
-    statements = {s.out: s for s in cascade.body if isinstance(s, Einsum)}
+    statements = definitions(cascade)
 
     def write(name: str) -> None:
         if name in written or name not in statements or name in streamed:
             return
-        written.add(name)
-        for e in (statements[name].expr, statements[name].where):
-            for r in reads(e) if e is not None else ():
+        written.update(other for other, _ in defined(statements[name]))
+        for e in expressions(statements[name]):
+            for r in reads(e):
                 write(r.tensor)
         body.append(statements[name])
 
@@ -52,9 +52,8 @@ def write_streams(plan: Plan) -> Cascade:
         if not mine <= written:  # a reduction that two kernels compute is written once
             body.extend(_StageWriter(kernel, stage, taken).statements(written))
             written.update(mine)
-    for s in cascade.body:
-        if isinstance(s, Einsum):
-            write(s.out)
+    for name in statements:
+        write(name)
     return drop_unused(replace(cascade, body=tuple(body)))
 
 

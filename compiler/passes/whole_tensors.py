@@ -1,0 +1,98 @@
+"""Which intermediates must lie in memory whole before they are read, and the steps of a plan that are no kernels of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from ...ir.cascade import (
+    Cascade,
+    Concat,
+    Einsum,
+    Iterate,
+    Output,
+    Populate,
+    RankDecl,
+    Scan,
+    Scatter,
+    Statement,
+    Tensor,
+    defined,
+    expressions,
+)
+from ...ir.expr import Extent, Index, Read, Scalar, reads, walk
+from ...ir.infer import declared_types
+from ...ir.plan import LibraryPlan
+
+
+def whole_tensors(cascade: Cascade) -> dict[str, str]:
+    """The results of Einsums that some statement reads elsewhere than at their own indices, or needs whole; with the reason."""
+    table = {s.out: s for s in cascade.body if isinstance(s, Einsum)}
+    found: dict[str, str] = {}
+    for s in cascade.body:
+        name = defined(s)[0][0]
+        for r in far_reads(s, table):
+            if r.tensor in table:
+                whole = f"{_KINDS[type(s)]} {name} needs it whole" if not isinstance(s, Einsum) else ""
+                found.setdefault(r.tensor, whole or f"{name} reads it at other indices than its own")
+    return found
+
+
+_KINDS: dict[type, str] = {
+    Scan: "the scan", Populate: "the selection", Scatter: "the scatter", Concat: "the concatenation",
+    Iterate: "the block",
+}  # fmt: skip
+
+
+def far_reads(s: Statement, table: Mapping[str, Einsum]) -> Iterator[Read]:
+    """The reads of `s` for which a result must be complete: every read of a statement over whole tensors, reads at other indices."""
+    for e in expressions(s):
+        for r in reads(e):
+            source = table.get(r.tensor)
+            if not isinstance(s, Einsum) or source is None or r.coords != tuple(Index(rank) for rank in source.ranks):
+                yield r
+
+
+def behind(cascade: Cascade) -> dict[str, frozenset[str]]:
+    """For every tensor the tensors that must be complete in memory before a kernel that makes it can start."""
+    table = {s.out: s for s in cascade.body if isinstance(s, Einsum)}
+    depends: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
+    found: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
+    for s in cascade.body:
+        direct = {r.tensor for e in expressions(s) for r in reads(e)}
+        far = {r.tensor for r in far_reads(s, table)}
+        reached = frozenset(direct).union(*(depends.get(name, frozenset()) for name in direct))
+        before = frozenset(far).union(*(depends.get(name, frozenset()) for name in far))
+        before = before.union(*(found.get(name, frozenset()) for name in direct))
+        for name, _ in defined(s):
+            depends[name], found[name] = reached, before
+    return found
+
+
+def library_plan(cascade: Cascade, s: Populate | Scan | Scatter | Concat, name: str) -> LibraryPlan:
+    """The step that computes `s`, whose operands are tensors in memory, as a cascade of its own."""
+    return LibraryPlan(name, single(cascade, s))
+
+
+def single(cascade: Cascade, s: Statement) -> Cascade:
+    """The cascade of one statement: what it reads are inputs, what it defines are outputs."""
+    types = declared_types(cascade)
+    table = cascade.tensor_ranks()
+    names = dict.fromkeys(r.tensor for e in expressions(s) for r in reads(e))
+    names = {n: None for n in names if n not in dict(defined(s))}
+    inputs = tuple(cascade.input(n) or Tensor(n, tuple((r,) for r in table[n]), types[n]) for n in names)
+    given = {o.name: o for o in cascade.outputs}
+    outputs = tuple(given.get(n) or Output(n, tuple((r,) for r in ranks)) for n, ranks in defined(s))
+    used = {n.name for e in expressions(s) for n in walk(e) if isinstance(n, Scalar)}
+    scalars = tuple(x for x in cascade.scalars if x.name in used)
+    alone = replace(cascade, name=defined(s)[0][0], inputs=inputs, scalars=scalars, ranks=(), body=(s,), outputs=outputs)
+    return replace(alone, ranks=_declared(cascade, set(alone.all_ranks())))
+
+
+def _declared(cascade: Cascade, used: set[str]) -> tuple[RankDecl, ...]:
+    """The declarations of the ranks in `used`, and of those that these sizes mention."""
+    before = -1
+    while len(used) > before:
+        before = len(used)
+        used |= {n.rank for d in cascade.ranks if d.name in used for n in walk(d.size) if isinstance(n, Extent)}
+    return tuple(d for d in cascade.ranks if d.name in used)
