@@ -1,12 +1,13 @@
 """The attention recipes against torch's own attention, and at their edges: empty parts, empty requests, wrong pages, roots and leaves."""
 
+import einfall as ef
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from cookbook.attention import hogwild, hydragen
+from cookbook.attention import hogwild, hydragen, paged_decode
 
 FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -125,3 +126,72 @@ def test_a_block_that_is_not_seen_and_what_is_not_filled_weigh_nothing(step):
     after = exactly(step, (q, kc, vc, kx, vx, ky, vy, at, n))
     torch.testing.assert_close(after[0], before[0], **CLOSE)
     assert not torch.allclose(after[1], before[1])
+
+
+# paged decode -----------------------------------------------------------------------------------------------------------------------
+
+PAGED = step_of(paged_decode, "paged_decode")
+SOME = {"b": 3, "g": 2, "r": 2, "e": 8, "f": 8, "n": 4, "spare": 2}
+
+
+def both_ways(step, tensors):
+    """The reference in float64, and the kernel."""
+    return exactly(step, tensors), step.kernel(*tensors, **step.arguments()).double()
+
+
+@given(seed=SEEDS)
+@FEW
+def test_pages_in_order_are_torchs_attention_on_a_dense_cache(seed):
+    q, k, v, table, _ = PAGED.tensors(seed, SOME)
+    table[:], length = torch.arange(12).reshape(3, 4), torch.tensor([64, 37, 1], dtype=torch.int32)
+    keys, values = (x[:12].reshape(3, 64, *x.shape[2:]).transpose(1, 2).double() for x in (k, v))
+    seen = (torch.arange(64) < length[:, None])[:, None, None]
+    wanted = scaled_dot_product_attention(q.double()[:, :, None], keys, values, attn_mask=seen, scale=0.2, enable_gqa=True)
+    torch.testing.assert_close(exactly(PAGED, (q, k, v, table, length)), wanted[:, :, 0], **CLOSE)
+
+
+def test_a_length_of_zero_gives_a_row_of_zeros():
+    q, k, v, table, _ = PAGED.tensors(0, SOME)
+    table[0] = -1
+    for found in both_ways(PAGED, (q, k, v, table, torch.tensor([0, 20, 0], dtype=torch.int32))):
+        assert not found[[0, 2]].any()
+        assert found[1].abs().min() > 0
+
+
+@pytest.mark.parametrize("entry", [-1, 14, 10**6])
+def test_what_no_token_uses_may_be_anything(entry):
+    q, k, v, table, _ = PAGED.tensors(1, SOME)
+    table[:], length = torch.arange(12).reshape(3, 4), torch.tensor([3, 16, 33], dtype=torch.int32)
+    wanted = exactly(PAGED, (q, k, v, table, length))
+    table[0, 1:], table[1, 1:], table[2, 3:] = entry, entry, entry
+    for pool in (k, v):  # neither pages that are not named nor the rest of a last page
+        pool[[1, 2, 3, 5, 6, 7, 11, 12, 13]] = torch.nan
+        pool[0, 3:], pool[10, 1:] = torch.nan, torch.inf
+    for found in both_ways(PAGED, (q, k, v, table, length)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("entry", [-1, 14])
+def test_a_wrong_page_is_named_where_indices_are_checked(entry):
+    tensors = PAGED.tensors(2, SOME)
+    tensors[3][:], tensors[4][:] = torch.arange(12).reshape(3, 4), 64
+    tensors[3][1, 2] = entry
+    message = rf"gathered index {entry} from table is outside rank page of K, which has extent 14"
+    with pytest.raises(ef.BindingError, match=message):
+        PAGED.kernel.reference(*tensors, scale=0.2)
+    with ef.configure(debug=True), pytest.raises(ef.BindingError, match=message):
+        PAGED.kernel(*tensors, scale=0.2)
+
+
+def test_a_wrong_page_goes_unnoticed_otherwise_and_stays_inside_the_pool():
+    q, k, v, table, _ = PAGED.tensors(2, SOME)
+    table[:], length = torch.arange(12).reshape(3, 4), torch.full((3,), 64, dtype=torch.int32)
+    around_k, around_v = torch.full((40, 16, 2, 8), torch.nan), torch.full((40, 16, 2, 8), torch.nan)
+    around_k[13:27], around_v[13:27] = k, v
+    tensors = (q, around_k[13:27], around_v[13:27], table, length)
+    right = PAGED.kernel(*tensors, scale=0.2)
+    table[1, 2] = 20
+    wrong = PAGED.kernel(*tensors, scale=0.2)
+    torch.testing.assert_close(wrong[[0, 2]], right[[0, 2]], rtol=1e-5, atol=1e-6)
+    assert wrong[1].isfinite().all()
+    assert not torch.allclose(wrong[1], right[1])
