@@ -78,6 +78,12 @@ def lost(q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, kept: torch.Tensor) 
     return float((attend(q, K, V, kept) - full).norm() / full.norm())
 
 
+def drawn(q: torch.Tensor, K: torch.Tensor, kept: torch.Tensor) -> float:
+    """The part of the attention of q [b, g, r, e] that falls on the kept tokens, on the average over batch and heads."""
+    weights = torch.softmax(q @ K.mT / math.sqrt(K.shape[-1]), -1)
+    return float(weights.gather(-1, kept.long()[:, :, None].expand(*weights.shape[:-1], kept.shape[-1])).sum(-1).mean())
+
+
 def draw(path: Path, title: str, rows: Sequence[tuple[str, torch.Tensor, torch.Tensor]], log: bool = True) -> None:
     """Score against position, one panel a row of (label, score [p], kept coordinates): kept tokens in colour, and as a strip below."""
     from matplotlib.figure import Figure

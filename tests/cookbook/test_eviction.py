@@ -8,7 +8,7 @@ import einfall as ef
 import pytest
 import torch
 
-from cookbook.eviction import common, h2o, snapkv
+from cookbook.eviction import cake, common, h2o, snapkv
 
 NEEDS_KVPRESS = "kvpress pins transformers below 5.3 and brings datasets and peft with it"
 
@@ -126,3 +126,37 @@ def test_pooling_ends_at_the_window_and_counts_zeros_beyond_the_ends():
     K = torch.zeros(1, 1, 6, 4)  # every query gives what it sees the same
     S = snapkv.score.reference(torch.zeros(1, 1, 1, 4), K, pool=3)
     torch.testing.assert_close(S, torch.tensor([[[2, 3, 3, 3, 2, 0]]]) / 18)
+
+
+# --- cake ------------------------------------------------------------------------------------------------------------------------------
+def test_even_attention_has_the_entropy_of_its_count_and_no_variance():
+    Q, K = torch.zeros(1, 2, 3, 4), torch.randn(1, 2, 9, 4, generator=generator())
+    S, H, V = cake.window.reference(Q, K, gamma=1000.0, pool=1, dtype=torch.float64)
+    counts = torch.tensor([7.0, 8.0, 9.0], dtype=torch.float64)  # each query of the window sees one token more
+    weights = (1 / counts).mean()
+    torch.testing.assert_close(V, 2 * 6 * (1 / counts).var()[None])
+    torch.testing.assert_close(H, (2 * 6 * counts.log() / counts).sum()[None], rtol=1e-8, atol=0)
+    torch.testing.assert_close(S[..., :6], (weights + 1000 * (1 / counts).var()).expand(1, 2, 6))
+
+
+def test_a_token_of_changing_importance_is_above_a_steady_one():
+    K = torch.eye(8)[None, None]
+    Q = torch.zeros(1, 1, 4, 8)
+    Q[..., 0] = 3.0  # all of the window look at token 0 a little
+    Q[:, :, 1, 1] = 9.0  # one looks hard at token 1
+    steady = cake.window.reference(Q, K, gamma=0.0, pool=1)[0]
+    moving = cake.window.reference(Q, K, gamma=10.0, pool=1)[0]
+    assert steady[0, 0, 0] > steady[0, 0, 1] and moving[0, 0, 1] > moving[0, 0, 0]
+
+
+def test_a_window_of_one_query_has_no_variance():
+    n = extents(cake.RECIPE.steps[0], w=1, p=12, e=8, f=1)
+    Q, K, _ = common.prompt(generator(), n, "w")
+    S, _, V = cake.window.reference(Q, K, gamma=5.0)
+    assert V.eq(0).all() and torch.equal(S, snapkv.score.reference(Q, K))
+
+
+def test_a_layer_without_variance_gets_nothing():
+    parts = cake.share.reference(torch.ones(3, 1), torch.tensor([[0.0], [1.0], [3.0]]), tau1=1.0, tau2=1.0)
+    torch.testing.assert_close(parts, torch.tensor([[0.0], [0.25], [0.75]]))
+    assert cake.share.reference(torch.ones(3, 1), torch.zeros(3, 1), tau1=1.0, tau2=1.0).isnan().all()
