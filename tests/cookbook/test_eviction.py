@@ -142,8 +142,8 @@ def test_even_attention_has_the_entropy_of_its_count_and_no_variance():
 def test_a_token_of_changing_importance_is_above_a_steady_one():
     K = torch.eye(8)[None, None]
     Q = torch.zeros(1, 1, 4, 8)
-    Q[..., 0] = 3.0  # all of the window look at token 0 a little
-    Q[:, :, 1, 1] = 9.0  # one looks hard at token 1
+    Q[..., 0] = 4.0  # all of the window look at token 0 a little
+    Q[:, :, 1, 1] = 8.0  # one looks hard at token 1
     steady = cake.window.reference(Q, K, gamma=0.0, pool=1)[0]
     moving = cake.window.reference(Q, K, gamma=10.0, pool=1)[0]
     assert steady[0, 0, 0] > steady[0, 0, 1] and moving[0, 0, 1] > moving[0, 0, 0]
