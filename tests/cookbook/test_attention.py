@@ -58,12 +58,14 @@ def test_a_request_does_not_see_the_suffix_of_another(step):
 
 
 def test_the_shared_prefix_is_counted_once_whatever_the_batch():
-    alone, _ = hydragen.report(hydragen.hydragen, 1, s=100, t=3)
-    many, _ = hydragen.report(hydragen.hydragen, 50, s=100, t=3)
+    alone, _, _ = hydragen.report(hydragen.hydragen, 1, s=100, t=3)
+    many, _, _ = hydragen.report(hydragen.hydragen, 50, s=100, t=3)
     a_token = 2 * 2 * 8 * 128 / 1e6  # K and V in bf16
     assert alone == pytest.approx(103 * a_token)
     assert many == pytest.approx((100 + 50 * 3) * a_token)
-    copied, _ = hydragen.report(hydragen.unshared, 50, p=103)
+    _, planned, _ = hydragen.report(hydragen.decomposed, 50, s=100, t=3)
+    assert many <= planned <= 2 * many
+    copied, _, _ = hydragen.report(hydragen.unshared, 50, p=103)
     assert copied == pytest.approx(50 * 103 * a_token)
 
 
