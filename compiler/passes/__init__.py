@@ -16,6 +16,7 @@ from .lift_predicates import lift_predicates
 from .merge_duplicates import merge_duplicates
 from .name_operands import name_operands
 from .sink_accesses import sink_accesses
+from .split_reductions import split_reductions
 from .unroll_blocks import unroll_blocks
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ PIPELINE: tuple[tuple[Rewrite, str], ...] = (
     (sink_accesses, "before predicates, since a shifted read brings a condition of its own"),
     (lift_predicates, "before exponents are rewritten, while -inf still marks what a mask hides"),
     (canonicalize_exponentials, "before streaming: it removes origins"),
+    (split_reductions, "when summands have the form in which they stream, since it uses the same corrections"),
     (name_operands, "when expressions are final: what works on memory gets what lies there"),
     (merge_duplicates, "again: the passes above make equal statements"),
 )

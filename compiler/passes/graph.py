@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ...ir.cascade import Cascade, Concat, Einsum, Iterate, Populate, Scan, Scatter, Statement, defined, expressions
+from ...ir.cascade import Cascade, Concat, Einsum, Iterate, Populate, Scan, Scatter, Statement, Tensor, defined, expressions
 from ...ir.expr import Const, Expr, Index, Op, Read, reads, rewrite
 
 
@@ -109,3 +109,29 @@ def conjunction(parts: Iterable[Expr]) -> Expr | None:
         if part != Const(True):
             result = part if result is None else Op("and", (result, part))
     return result
+
+
+def ordered_body(statements: Iterable[Statement], inputs: Iterable[Tensor]) -> tuple[Statement, ...]:
+    """The statements with every definition before its uses, otherwise in the order given."""
+    known = {t.name for t in inputs}
+    waiting = list(statements)
+    ready: list[Statement] = []
+    while waiting:
+        later: list[Statement] = []
+        for s in waiting:
+            inside = {name for name, _ in defined(s)} | _defined_inside(s)
+            if all(r.tensor in known or r.tensor in inside for e in expressions(s) for r in reads(e)):
+                ready.append(s)
+                known.update(name for name, _ in defined(s))
+            else:
+                later.append(s)
+        if len(later) == len(waiting):
+            raise AssertionError("statements that read each other: " + ", ".join(defined(s)[0][0] for s in later))
+        waiting = later
+    return tuple(ready)
+
+
+def _defined_inside(s: Statement) -> set[str]:
+    if not isinstance(s, Iterate):
+        return set()
+    return {name for inner in s.body for name, _ in defined(inner)} | {n for inner in s.body for n in _defined_inside(inner)}

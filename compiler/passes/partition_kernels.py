@@ -194,8 +194,15 @@ class _Partitioner:
         repeated = math.prod(self.sizes.get(rank, 1) for rank in group.ranks if rank not in s.ranks)
         if size >= REPEATED_SIZE and repeated >= REPEATED_LIMIT:
             return False
+        if any(rank not in self.static and self._chained(rank, s) for rank in s.over):
+            return False
         apart = all(rank not in group.ranks or self._is_short(rank, group.ranks) for rank in s.over)
         return size <= INNER_LIMIT and apart and group.stream not in s.over
+
+    def _chained(self, rank: str, s: Einsum) -> bool:
+        """Whether another reduction over `rank` comes before `s` or after it: together they are a stream of their own."""
+        others = (o for o in self.cascade.body if isinstance(o, Einsum) and rank in o.over and o.out != s.out)
+        return any(o.out in self.depends[s.out] or s.out in self.depends[o.out] for o in others)
 
     def _without(self, inputs: Container[str]) -> Cascade:
         """The cascade for a kernel that reads `inputs` from memory: how these came about is none of its business."""
