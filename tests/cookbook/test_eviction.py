@@ -8,7 +8,7 @@ import einfall as ef
 import pytest
 import torch
 
-from cookbook.eviction import cake, common, h2o, snapkv
+from cookbook.eviction import cake, common, defensivekv, h2o, snapkv
 
 NEEDS_KVPRESS = "kvpress pins transformers below 5.3 and brings datasets and peft with it"
 
@@ -160,3 +160,43 @@ def test_a_layer_without_variance_gets_nothing():
     parts = cake.share.reference(torch.ones(3, 1), torch.tensor([[0.0], [1.0], [3.0]]), tau1=1.0, tau2=1.0)
     torch.testing.assert_close(parts, torch.tensor([[0.0], [0.25], [0.75]]))
     assert cake.share.reference(torch.ones(3, 1), torch.zeros(3, 1), tau1=1.0, tau2=1.0).isnan().all()
+
+
+# --- defensivekv -----------------------------------------------------------------------------------------------------------------------
+def test_the_wish_of_one_query_among_many_is_kept():
+    n = extents(defensivekv.RECIPE.steps[0], g=1, r=1, w=16, p=96, e=32, f=8, d=8)
+    Q, K, V, W = defensivekv.prompt(generator(), n)
+    Q[:, :, 5] = 4.0 * K[:, :, 40]
+    S, A = defensivekv.score.reference(Q, K, V, W, pool=1)
+    *_, defended = defensivekv.keep.reference(S, A, K, V, budget=20, window=16, reach=0.0)
+    assert 40 in defended.flatten() and S[0, 0, :80].argmax() == 40
+    assert A[0, 0].argmax() != 40
+
+
+def test_no_token_is_worth_less_than_the_mean_of_the_largest_votes():
+    n = extents(defensivekv.RECIPE.steps[0], g=2, r=2, w=4, p=40, e=8, f=3, d=5)
+    Q, K, _, W = defensivekv.prompt(generator(), n)
+    V = torch.ones(1, 2, 40, 3)  # every value changes as much: the score is the floored maximum, but for a factor
+    S, _ = defensivekv.score.reference(Q, K, V, W, pool=3, dtype=torch.float64)
+    floor = S[..., :36].amin(-1, keepdim=True)
+    assert (S[..., :36] == floor).sum(-1).min() > 18  # more than half of them: it is a floor, not a least value
+    assert S[..., 36:].eq(0).all()
+
+
+def test_the_first_stage_ends_with_the_token_that_reaches_the_mass():
+    A = torch.tensor([[[0.0625, 0.5, 0.0625, 0.125, 0.25, 0.0]]])
+    S = torch.tensor([[[9.0, 0.0, 8.0, 7.0, 0.0, 0.0]]])
+    K = torch.arange(6.0).view(1, 1, 6, 1)
+    found = {}
+    for reach in (0.0, 0.5, 0.75, 0.76, 2.0):
+        *_, I = defensivekv.keep.reference(S, A, K, K, reach=reach, budget=4, window=1)
+        found[reach] = sorted(I.flatten().tolist())
+    # tokens by attention: 1, 4, 3, 0, 2; by score: 0, 2, 3; 5 is the window
+    assert found == {0.0: [0, 2, 3, 5], 0.5: [0, 1, 2, 5], 0.75: [0, 1, 4, 5], 0.76: [1, 3, 4, 5], 2.0: [1, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("window", [12, 17])
+def test_nothing_is_defended_where_all_is_window(window):
+    n = extents(defensivekv.RECIPE.steps[0], w=window, p=12, e=8, f=4, d=6)
+    S, A = defensivekv.score.reference(*defensivekv.prompt(generator(), n))
+    assert S.eq(0).all() and A.eq(0).all()
