@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from cookbook.attention import hogwild, hydragen, paged_decode
+from cookbook.attention import hogwild, hydragen, paged_decode, xquant
 
 FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -197,3 +197,53 @@ def test_a_wrong_page_goes_unnoticed_otherwise_and_stays_inside_the_pool():
     torch.testing.assert_close(wrong[[0, 2]], right[[0, 2]], rtol=1e-5, atol=1e-6)
     assert wrong[1].isfinite().all()
     assert not torch.allclose(wrong[1], right[1])
+
+
+# xquant -----------------------------------------------------------------------------------------------------------------------------
+
+QUANTIZED = {name: step_of(xquant, name) for name in ("rematerialized", "rotated", "absorbed")}
+LAYER = {"b": 2, "m": 3, "g": 2, "r": 2, "x": 2, "p": 14, "e": 8, "f": 8}
+
+
+@given(seed=SEEDS)
+@FEW
+def test_the_order_of_the_sums_does_not_matter(seed):
+    tensors = QUANTIZED["absorbed"].tensors(seed, LAYER)
+    torch.testing.assert_close(exactly(QUANTIZED["absorbed"], tensors), exactly(QUANTIZED["rematerialized"], tensors), **CLOSE)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_input_that_is_exact_in_8_bits_gives_torchs_attention(turned):
+    q, x8, a, z, wk, wv, _ = QUANTIZED["rotated"].tensors(7, {**LAYER, "b": 1})
+    x = x8.double()
+    a[:], z[:], places = 1.0, 0, torch.arange(17)
+    k, v = (torch.einsum("pd,dge->pge", x[0], w.double()) for w in (wk, wv))
+    queries = q[0].double()
+    if turned:
+        queries, k = rotated(queries, places[-3:]), rotated(k, places)
+    causal = torch.ones(3, 17, dtype=torch.bool).tril(14)
+    wanted = scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (queries, k, v)), attn_mask=causal, scale=0.2, enable_gqa=True)
+    step = QUANTIZED["rotated" if turned else "rematerialized"]
+    found = exactly(step, (q, x8, a, z, wk, wv, torch.tensor([14], dtype=torch.int32)))
+    torch.testing.assert_close(found.transpose(1, 2), wanted, **CLOSE)
+
+
+@given(seed=SEEDS, bits=st.integers(2, 8), spread=st.floats(-3, 3))
+@FEW
+def test_the_quantizer_is_off_by_less_than_a_step_and_keeps_zero(seed, bits, spread):
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10.0**spread
+    x[0], x[1, :32], x[2, 5] = 0.0, 7.0, 0.0
+    numbers, step, zero = xquant.quantize(x, bits)
+    back = xquant.restored(numbers, step, zero)
+    assert int(numbers.min()) >= -(2 ** (bits - 1))
+    assert int(numbers.max()) < 2 ** (bits - 1)
+    assert ((back - x).abs() <= step.repeat_interleave(32, dim=-1) * (1 + 1e-9)).all()
+    assert not back[0].any()
+    assert back[2, 5] == 0.0
+
+
+def test_fewer_bits_lose_more_and_outliers_only_matter_to_cached_keys():
+    by_bits = [xquant.errors(bits) for bits in (8, 4, 2)]
+    for column in zip(*by_bits, strict=True):
+        assert list(column) == sorted(column)
+    assert all(outliers > 1.2 * even for _, even, outliers in by_bits)
