@@ -6,7 +6,7 @@ import einfall as ef
 import pytest
 import torch
 
-from cookbook.quantization import bfp, common, int4_groups
+from cookbook.quantization import bfp, common, int4_groups, mx
 
 INF, NAN = math.inf, math.nan
 
@@ -151,3 +151,111 @@ def test_blocks_at_the_ends_of_the_range(run, bits, value, exponent):
     else:
         step = 2.0 ** (exponent + 2 - bits)
         assert float((found - K)[..., 5].abs()) <= step / 2 or abs(value) > found[..., 5].abs() == (2 ** (bits - 1) - 1) * step
+
+
+# Microscaling -----------------------------------------------------------------------------------------------------------------------
+
+
+def bits(t):
+    return t.view(torch.uint8) if t.element_size() == 1 else t
+
+
+def blocks_with(tops):
+    """One block for each of `tops`, its largest magnitude, in blocks of smaller values; an even number of blocks."""
+    rows = torch.rand(len(tops), 2, 32, generator=torch.Generator().manual_seed(3)) - 0.5
+    rows = rows * torch.tensor(tops)[:, None, None]
+    rows[:, 0, 7] = torch.tensor(tops)
+    rows[:, 1, 11] = -torch.tensor(tops)
+    return rows.reshape(len(tops), 64)
+
+
+def around(x):
+    """x and its two neighbours in float32."""
+    t = torch.tensor(x)
+    return [float(torch.nextafter(t, torch.tensor(-INF))), x, float(torch.nextafter(t, torch.tensor(INF)))]
+
+
+EDGES = [y for x in (4.0, 6.0, 7.0, 8.0, 256.0, 448.0, 480.0, 496.0, 512.0, 2.0**-119, 448 * 2.0**-127, 2.0**-126, 2.0**-128, 6 * 2.0**-127)
+         for y in around(x)]  # fmt: skip
+EDGES += [0.0, 1e-45, 1e-40, 3.4028235e38, 1.7e38, INF, -INF, NAN]
+
+
+@pytest.mark.parametrize("mode", mx.MODES)
+@pytest.mark.parametrize(("kernel", "oracle"), [(mx.quantize8, mx.quantize8_oracle), (mx.quantize4, mx.quantize4_oracle)])
+def test_every_bit_is_that_of_ml_dtypes_where_the_scale_turns_and_at_the_ends_of_the_range(kernel, oracle, mode):
+    X = blocks_with(EDGES)
+    for found, wanted in zip(kernel.reference(X, mode=mode), oracle(X, mode=mode), strict=True):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(bits(found), bits(wanted))
+
+
+@pytest.mark.parametrize(
+    ("top", "codes", "largest"),
+    [  # worked out by hand from the definitions: scale codes by mode, and the element that `top` becomes
+        (448.0, (127, 127, 127, 128), (448, 448, 448, 224)),
+        (480.0, (127, 128, 127, 128), (448, 240, 448, 240)),
+        (500.0, (127, 128, 128, 128), (448, 256, 256, 256)),
+        (256.0, (127, 127, 127, 127), (256, 256, 256, 256)),
+        (257.0, (127, 127, 127, 128), (256, 256, 256, 128)),
+    ],
+)
+def test_modes_of_the_scale_by_hand_fp8(top, codes, largest):
+    for mode, code, element in zip(mx.MODES, codes, largest, strict=True):
+        E, S = mx.quantize8.reference(blocks_with([top]), mode=mode)
+        assert int(S.view(torch.uint8)[0, 0]) == code
+        assert float(E[0, 7].float()) == element
+        assert float(E[0, 32 + 11].float()) == -element
+
+
+@pytest.mark.parametrize(
+    ("top", "codes", "largest"),
+    [
+        (4.0, (127, 127, 127, 127), (4, 4, 4, 4)),
+        (6.0, (127, 127, 127, 128), (6, 6, 6, 3)),
+        (6.5, (127, 128, 127, 128), (6, 3, 6, 3)),
+        (7.5, (127, 128, 128, 128), (6, 4, 4, 4)),
+    ],
+)
+def test_modes_of_the_scale_by_hand_fp4(top, codes, largest):
+    for mode, code, element in zip(mx.MODES, codes, largest, strict=True):
+        P, S = mx.quantize4.reference(blocks_with([top]), mode=mode)
+        assert int(S.view(torch.uint8)[0, 0]) == code
+        assert float(mx.unpacked(P)[0, 7]) == element
+        assert float(mx.unpacked(P)[0, 32 + 11]) == -element
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_a_block_that_is_not_finite_reads_as_nan_and_spoils_its_row_of_a_product_only(value):
+    X = torch.ones(3, 64)
+    X[1, 40] = value
+    E, S = mx.quantize8.reference(X)
+    assert S.view(torch.uint8).tolist() == [[119, 119], [119, 255], [119, 119]]
+    assert not E[1, 32:].view(torch.uint8).any()
+    product = mx.matmul8.reference(E, S, E[:1], S[:1])
+    assert bool(product[1].isnan().all()) and torch.equal(product[[0, 2]], torch.full((2, 1), 64.0))
+
+
+def just_above_a_power_of_two(*ratios):
+    """Where torchao's ceil(log2(x)) in float32 is one too small: the logarithm rounds to the whole number below."""
+    return any(0.5 < math.frexp(x)[0] < 0.5 + 1e-6 for x in ratios)
+
+
+@pytest.mark.parametrize("mode", mx.MODES)
+def test_the_same_scales_and_elements_as_torchao(mode):
+    """Where both define the result: finite blocks whose scale is above 2**-127 (torchao then scales by another number than it stores)."""
+    mx_tensor = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    tops = [x for x in EDGES if 2.0**-100 < x < INF and not (mode == "rceil" and just_above_a_power_of_two(x / 448.0, x / 6.0))]
+    X = torch.cat([blocks_with(tops), mx.normal(torch.Generator().manual_seed(4), 64, 64)])
+    chosen = mx_tensor.ScaleCalculationMode[mode.upper()]
+    S, E = mx_tensor.to_mx(X, torch.float8_e4m3fn, 32, chosen)
+    found, scales = mx.quantize8.reference(X, mode=mode)
+    assert torch.equal(bits(found), bits(E)) and torch.equal(bits(scales), bits(S))
+    S, P = mx_tensor.to_mx(X, torch.float4_e2m1fn_x2, 32, chosen)  # packs neighbours: element 2 x low, 2 x + 1 high
+    found, scales = mx.quantize4.reference(X, mode=mode)
+    nibbles = torch.stack([bits(P) & 15, bits(P) >> 4], -1).flatten(-2)
+    assert torch.equal(found, nibbles[:, :32] | nibbles[:, 32:] << 4) and torch.equal(bits(scales), bits(S))
+
+
+def test_a_mode_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="no rounding mode 'nearest': one of floor, rceil, even, ceil"):
+        mx.quantize8.reference(torch.ones(1, 32), mode="nearest")
