@@ -14,6 +14,7 @@ import einfall as ef
 import torch
 
 from cookbook.attention.common import eager
+from cookbook.attention.hydragen import unshared
 from cookbook.recipe import Recipe, Step, serve
 
 GROUP = 32
@@ -126,7 +127,7 @@ def inputs(generator, n):
 BITS = (8, 6, 4, 3, 2)
 ERRORS = {"b": 2, "m": 4, "g": 8, "r": 1, "x": 16, "p": 512, "e": 64, "f": 64}
 QUERIES = (1, 4, 16, 64, 256)
-WORK = {"b": 1, "g": 8, "r": 4, "x": 128, "j": 32, "p": 4096, "e": 128, "f": 128}
+WORK = {"b": 8, "g": 32, "r": 1, "x": 128, "j": 32, "p": 4096, "e": 128, "f": 128}
 
 
 def errors(bits, seed=0):
@@ -161,17 +162,23 @@ def show(out: Path) -> list[str]:
         token, pair = (n * bits / 8 + n / GROUP * 3 for n in (d, 2 * width))
         ours, theirs, outliers = errors(bits)
         lines.append(f"| {bits} | {token:.0f} | {ours:.1e} | {pair:.0f} | {theirs:.1e} | {outliers:.1e} |")
+    lines += ["", "| decode step | kernels | MB moved | Gop |", "|---|---:|---:|---:|"]
+    for name, kernel in (("K and V cached in bf16", unshared), *((step.name, step.kernel) for step in RECIPE.steps)):
+        kernels, moved, done = plan(kernel, 1)
+        lines.append(f"| {name} | {kernels} | {moved / 1e6:.0f} | {done / 1e9:.1f} |")
     lines += ["", "| queries | rematerialized, Gop | absorbed, Gop | ratio |", "|---:|---:|---:|---:|"]
     for queries in QUERIES:
-        made, moved = (work(kernel, queries) for kernel in (rematerialized, absorbed))
-        lines.append(f"| {queries} | {made / 1e9:.2f} | {moved / 1e9:.2f} | {made / moved:.2f} |")
+        made, moved = (plan(kernel, queries)[2] for kernel in (rematerialized, absorbed))
+        lines.append(f"| {queries} | {made / 1e9:.0f} | {moved / 1e9:.0f} | {made / moved:.2f} |")
     return lines
 
 
-def work(kernel, queries):
-    """The operations of a call, as `explain` counts them."""
-    types = {"X8": "i8", "Z": "i8", "L": "i32"}
-    return kernel.explain(dims={**WORK, "m": queries}, dtypes=types, show=False).to_dict()["flops"]
+def plan(kernel, queries):
+    """What `explain` says of a call: the number of kernels, the bytes that they move, the operations."""
+    types = {t.name: {"X8": "i8", "Z": "i8", "L": "i32"}.get(t.name, "bf16") for t in kernel.cascade.inputs}
+    ranks = {rank: size for rank, size in {**WORK, "m": queries}.items() if rank in kernel.cascade.all_ranks()}
+    data = kernel.explain(dims=ranks, dtypes=types, show=False).to_dict()
+    return len(data["kernels"]), sum(k["traffic_bytes"] for k in data["kernels"]), data["flops"]
 
 
 COMMON = {
