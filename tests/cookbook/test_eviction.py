@@ -8,7 +8,7 @@ import einfall as ef
 import pytest
 import torch
 
-from cookbook.eviction import cake, common, defensivekv, h2o, snapkv
+from cookbook.eviction import cake, common, defensivekv, h2o, snapkv, triattention
 
 NEEDS_KVPRESS = "kvpress pins transformers below 5.3 and brings datasets and peft with it"
 
@@ -200,3 +200,32 @@ def test_nothing_is_defended_where_all_is_window(window):
     n = extents(defensivekv.RECIPE.steps[0], w=window, p=12, e=8, f=4, d=6)
     S, A = defensivekv.score.reference(*defensivekv.prompt(generator(), n))
     assert S.eq(0).all() and A.eq(0).all()
+
+
+# --- triattention ----------------------------------------------------------------------------------------------------------------------
+def calibrated(**changed):
+    n = {"b": 1, "g": 1, "r": 1, "p": 19, "f": 8, "d": 4, **changed}
+    return [t.double() if t.is_floating_point() else t for t in triattention.calibrated(generator(), n)]
+
+
+def test_a_query_at_its_centre_and_one_distance_give_the_logit_itself():
+    K, P, T, C, _, omega, _, _ = calibrated()
+    nothing = torch.complex(C[..., :8], C[..., 8:]).abs()  # every query is the centre, nothing spreads
+    one, at = torch.ones_like(omega), torch.tensor([5.0], dtype=torch.float64)
+    X, _ = triattention.score.reference(K, P, T, C, nothing, omega, one, at, dtype=torch.float64)
+    query = triattention.turned(C[0], T + 5, omega)
+    torch.testing.assert_close(X[0, 0, 0], triattention.turned(K[0, 0], P[0, 0], omega) @ query[0])
+
+
+def test_a_rotated_cache_scores_as_its_keys_did_before_rotation():
+    K, P, T, *statistics = calibrated(b=2, g=2, r=3)
+    plain = triattention.score.reference(K, P, T, *statistics, dtype=torch.float64)
+    cache = triattention.turned(K, P, statistics[2])
+    for found, wanted in zip(triattention.score_rotated.reference(cache, T, *statistics, dtype=torch.float64), plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_keys_that_are_alike_score_nothing():
+    K, _, T, *statistics = calibrated()
+    _, S = triattention.score_rotated.reference(K[:, :, :1].expand(-1, -1, 19, -1), T, *statistics, dtype=torch.float64)
+    assert S.abs().max() < 1e-6
