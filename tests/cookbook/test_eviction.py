@@ -8,7 +8,7 @@ import einfall as ef
 import pytest
 import torch
 
-from cookbook.eviction import cake, common, defensivekv, h2o, snapkv, triattention
+from cookbook.eviction import cake, common, defensivekv, h2o, int4_h2o, snapkv, triattention
 
 NEEDS_KVPRESS = "kvpress pins transformers below 5.3 and brings datasets and peft with it"
 
@@ -229,3 +229,56 @@ def test_keys_that_are_alike_score_nothing():
     K, _, T, *statistics = calibrated()
     _, S = triattention.score_rotated.reference(K[:, :, :1].expand(-1, -1, 19, -1), T, *statistics, dtype=torch.float64)
     assert S.abs().max() < 1e-6
+
+
+# --- int4 decode with the score --------------------------------------------------------------------------------------------------------
+STEPS = {step.name: step for step in int4_h2o.RECIPE.steps}
+LAYOUTS = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+
+
+@LAYOUTS
+def test_the_score_over_four_bits_is_that_over_what_they_stand_for(step):
+    n = {**extents(step), "b": 2, "g": 2, "r": 3, "p": 40, "c": 1, "n": 2, "x": 16}
+    Q, *cache, _ = step.tensors(3, n)
+    axis = -1 if step.kernel is int4_h2o.decode else -2
+    K, V = int4_h2o.expanded(*cache[:3], axis, torch.float64), int4_h2o.expanded(*cache[3:], -1, torch.float64)
+    full = torch.full((2,), K.shape[2], dtype=torch.int32)
+    O, S = step.kernel.reference(Q, *cache, full, dtype=torch.float64)
+    wanted, scores = h2o.scored_attention.reference(Q[:, :, None].double(), K, V, dtype=torch.float64)
+    torch.testing.assert_close(O, wanted[:, :, 0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(S, scores, rtol=1e-9, atol=1e-12)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("run", ["reference", "__call__"])
+def test_what_lies_behind_the_length_is_never_seen(step, run):
+    n = {**extents(step), "b": 3, "g": 2, "r": 2, "p": 67, "n": 2, "x": 16}
+    Q, *cache, _ = step.tensors(4, n)
+    tokens = cache[0].shape[2]
+    L = torch.tensor([0, 34 if tokens == 67 else 32, tokens], dtype=torch.int32)
+    dirty = [t.clone() for t in cache]
+    for t in dirty:
+        if t.is_floating_point():
+            t[0] = torch.nan
+            t[1, :, -(t.shape[2] // 2) :] = torch.inf
+    kernel = getattr(step.kernel, run)
+    for found, wanted in zip(kernel(Q, *dirty, L), kernel(Q, *cache, L), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert found[0].eq(0).all()
+    torch.testing.assert_close(kernel(Q, *cache, L)[1].sum(-1), torch.tensor([[0.0] * 2, [2.0] * 2, [2.0] * 2]))
+
+
+def test_groups_of_scale_nothing_are_their_zero_point():
+    Q, Kp, Ks, Kz, Vp, Vs, Vz, L = STEPS["groups along the channels"].tensors(5, {"b": 1, "g": 1, "r": 1, "p": 6, "c": 1, "d": 1})
+    for kernel in (int4_h2o.decode.reference, int4_h2o.decode):
+        O, S = kernel(Q, Kp, Ks * 0, Kz * 0 + 1, Vp, Vs * 0, Vz * 0 + 3, L)  # every key alike, every value 3
+        torch.testing.assert_close(O, torch.full_like(O, 3.0))
+        torch.testing.assert_close(S, torch.full_like(S, 1 / 6))
+
+
+def test_a_group_that_is_no_number_is_felt_in_its_row_alone():
+    Q, Kp, Ks, Kz, Vp, Vs, Vz, _ = STEPS["groups along the channels"].tensors(6, {"b": 2, "g": 1, "r": 2, "p": 6, "c": 1, "d": 1})
+    Kz[0, 0, 2, 0] = torch.nan
+    for kernel in (int4_h2o.decode.reference, int4_h2o.decode):
+        O, S = kernel(Q, Kp, Ks, Kz, Vp, Vs, Vz, torch.tensor([6, 6], dtype=torch.int32))
+        assert O[0].isnan().all() and S[0].isnan().all() and O[1].isfinite().all() and S[1].isfinite().all()
