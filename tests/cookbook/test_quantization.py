@@ -6,7 +6,7 @@ import einfall as ef
 import pytest
 import torch
 
-from cookbook.quantization import bfp, common, int4_groups, mx
+from cookbook.quantization import bfp, common, int4_groups, mustafar, mx
 
 INF, NAN = math.inf, math.nan
 
@@ -259,3 +259,50 @@ def test_the_same_scales_and_elements_as_torchao(mode):
 def test_a_mode_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="no rounding mode 'nearest': one of floor, rceil, even, ceil"):
         mx.quantize8.reference(torch.ones(1, 32), mode="nearest")
+
+
+# Pruning by bitmaps -----------------------------------------------------------------------------------------------------------------
+
+RUNS = [pytest.param(lambda kernel: kernel.reference, id="reference"), pytest.param(lambda kernel: kernel, id="kernel")]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_largest_channels_are_kept_in_order_and_nothing_else(run):
+    X = torch.randn(2, 1, 9, 96, generator=torch.Generator().manual_seed(5))
+    V, B = run(mustafar.compress)(X, k=20)
+    dense = mustafar.expanded(V, B)
+    kept = dense != 0
+    assert bool((kept.sum(-1) == 20).all()) and torch.equal(dense[kept], X[kept])
+    assert bool((X.abs().masked_fill(~kept, INF).amin(-1) > X.abs().masked_fill(kept, 0).amax(-1)).all())
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("fill", "value", "wanted"),
+    [(0.0, x, [0, 1, 40]) for x in (NAN, INF, -INF, 1e-45)] + [(x, 0.0, [0, 1, 2]) for x in (1.0, 0.0, -0.0)],
+)
+def test_what_is_not_finite_is_never_pruned_and_among_equals_the_lower_channels_stay(run, fill, value, wanted):
+    X = torch.full((1, 1, 1, 64), fill)
+    X[..., 40] = value
+    V, B = run(mustafar.compress)(X, k=3)
+    found = [32 * w + i for w in range(2) for i in range(32) if int(B[0, 0, 0, w]) >> i & 1]
+    assert found == wanted
+    same(V[0, 0, 0], X[0, 0, 0, wanted])
+
+
+def test_all_channels_kept_is_attention_itself():
+    generator = torch.Generator().manual_seed(6)
+    Q, K, V = torch.randn(2, 4, 64, generator=generator), *torch.randn(2, 2, 2, 17, 64, generator=generator)
+    L = torch.tensor([17, 0], dtype=torch.int32)
+    out = mustafar.decode(Q, *mustafar.compress(K, k=64), *mustafar.compress(V, k=64), L, scale=0.2)
+    assert not out[1].any()
+    keys, values = (t[:1].repeat_interleave(2, 1) for t in (K, V))
+    wanted = torch.nn.functional.scaled_dot_product_attention(Q[:1, :, None], keys, values, scale=0.2)[:, :, 0]
+    torch.testing.assert_close(out[:1], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_more_channels_than_there_are_leave_slots_that_hold_0(run):
+    X = torch.randn(1, 2, 3, 32, generator=torch.Generator().manual_seed(7))
+    V, B = run(mustafar.compress)(X, k=35)
+    assert torch.equal(V, torch.nn.functional.pad(X, (0, 3))) and bool((B == -1).all())
