@@ -61,12 +61,12 @@ def library_function(cascade: Cascade, sizes: Mapping[str, int]) -> Function:
     counts = len(inputs), len(inputs) + len(outputs)
 
     def call(*given: Any) -> None:
-        tensors = {t.name: _logical(x, t.axes, sizes) for t, x in zip(inputs, given[: counts[0]], strict=True)}
+        tensors = {t.name: logical_view(x, t.axes, sizes) for t, x in zip(inputs, given[: counts[0]], strict=True)}
         numbers = {s.name: x for s, x in zip(scalars, given[counts[1] :], strict=True)}
         results = _run(statement, _Operands(cascade, sizes, tensors, numbers))
         for o, memory in zip(outputs, given[counts[0] : counts[1]], strict=True):
             values, ranks = results[o.name]
-            _logical(memory, o.axes, sizes).copy_(values.permute([ranks.index(r) for r in o.ranks]))
+            logical_view(memory, o.axes, sizes).copy_(values.permute([ranks.index(r) for r in o.ranks]))
 
     return call
 
@@ -86,7 +86,7 @@ def _run(s: Statement, given: _Operands) -> dict[str, tuple[Tensor, Ranks]]:
             raise UnsupportedError(f"{type(s).__name__} is no library call", cascade=given.cascade.name)
 
 
-def _logical(x: Tensor, axes: tuple[Axis, ...], sizes: Mapping[str, int]) -> Tensor:
+def logical_view(x: Tensor, axes: tuple[Axis, ...], sizes: Mapping[str, int]) -> Tensor:
     """A tensor in memory with one dimension a rank."""
     for i, axis in reversed(list(enumerate(axes))):
         if len(axis) > 1:

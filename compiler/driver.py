@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from ..configuration import current
 from ..ir.cascade import Cascade
 from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedError
 from ..ir.infer import declared_types
-from ..ir.plan import LibraryPlan, Plan
+from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan
 from ..ir.tile import TileProgram, kernel_tiles
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import DiskCache, key_of, package_fingerprint
-from .executable import Call, Executable, LibraryPart, Part
+from .executable import Executable
+from .parts import Call, LibraryPart, LoopPart, Part
 from .store import executable_of, manifest, toolchain
 
 FORMAT = 1  # of the entries; raised when their layout changes
@@ -107,23 +108,38 @@ def _compile(order: Order, schedule: Schedule | None, store: DiskCache) -> Execu
     if found is not None:
         return found
     lowered = lower_cascade(order, schedule)
-    parts: list[Part | LibraryPart] = []
-    names: list[dict[str, str]] = []
-    kernels = zip(lowered.programs, lowered.sources, strict=True)
-    types = declared_types(lowered.plan.cascade)
-    for step in lowered.plan.steps:
-        if isinstance(step, LibraryPlan):
-            parts.append(LibraryPart.of(step, types))
-            names.append({})
-            continue
-        program, source = next(kernels)
-        name = key_of(str(FORMAT), source.text, machine_text(order.target))
-        parts.append(_part(Call.of(program), source, name, store))
-        names.append({"artifact": name, "source": SOURCE, "binary": BINARY})
+    parts, names = _parts(order, lowered, store)
     executable = Executable(order.cascade, order.target, lowered.schedule, order.sizes, parts, order.strided)
     executable.remember(lowered.plan, lowered.programs)
     store.put("compiled", key, manifest(executable, names), {})
     return executable
+
+
+def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[list[Part | LibraryPart | LoopPart], list[dict[str, Any]]]:
+    """The steps of the plan ready to be called, and where the files of each are."""
+    parts: list[Part | LibraryPart | LoopPart] = []
+    names: list[dict[str, Any]] = []
+    kernels = zip(lowered.programs, lowered.sources, strict=True)
+    types = declared_types(lowered.plan.cascade)
+    for step in lowered.plan.steps:
+        match step:
+            case LibraryPlan():
+                parts.append(LibraryPart.of(step, types))
+                names.append({})
+            case LoopPlan():
+                inner = replace(order, cascade=step.step)
+                body = lower_plan(inner, step.body, None)
+                inside, files = _parts(inner, body, store)
+                executable = Executable(inner.cascade, order.target, body.schedule, order.sizes, inside, order.strided)
+                executable.remember(body.plan, body.programs)
+                parts.append(LoopPart.of(step, types, executable))
+                names.append({"body": files})
+            case KernelPlan():
+                program, source = next(kernels)
+                name = key_of(str(FORMAT), source.text, machine_text(order.target))
+                parts.append(_part(Call.of(program), source, name, store))
+                names.append({"artifact": name, "source": SOURCE, "binary": BINARY})
+    return parts, names
 
 
 def _from_cache(order: Order, key: str, store: DiskCache) -> Executable | None:
@@ -163,14 +179,20 @@ def _part(call: Call, source: Source, name: str, store: DiskCache) -> Part:
 
 def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
     """Everything before the toolchain: derive the plan, take the default schedule if none is given, lower and emit."""
-    from ..schedules.default import default_schedule
-    from .lower import lower
     from .passes import make_plan
 
-    backend = backend_for(order.target)
     if current().debug:
         _trace_passes(order.cascade)
     plan = make_plan(order.cascade, order.sizes, repeat=frozenset() if schedule is None else schedule.repeated)
+    return lower_plan(order, plan, schedule)
+
+
+def lower_plan(order: Order, plan: Plan, schedule: Schedule | None) -> Lowered:
+    """The kernels of a plan as sources. The bodies of loops have their own schedule, the default."""
+    from ..schedules.default import default_schedule
+    from .lower import lower
+
+    backend = backend_for(order.target)
     chosen = default_schedule(plan, order.sizes, order.target) if schedule is None else schedule
     programs = lower(plan, chosen, order.sizes)
     _check_names(plan, programs, chosen)

@@ -9,150 +9,34 @@ Extents that no kernel was specialised to are arguments of the launch, so one ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends.library import library_function
-from ..backends.registry import backend_for
 from ..configuration import current
 from ..ir.binding import bind_sizes, to_torch
-from ..ir.cascade import Axis, Cascade, expressions
+from ..ir.cascade import Cascade, expressions
 from ..ir.errors import BindingError, UnsupportedError
 from ..ir.expr import reads
 from ..ir.tile import TileProgram
-from ..ir.types import DType
 from ..ir.types import dtype as dtype_named
 from ..schedules.schedule import Schedule
 from .binding import arguments, given_outputs, shape_of, strided_inputs
+from .parts import Function, LibraryPart, LoopPart, Part
 from .scalars import converter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..backends.base import Artifact, Source
-    from ..ir.plan import LibraryPlan, Plan
+    from ..backends.base import Artifact
+    from ..ir.plan import Plan
     from ..schedules.target import Target
 
 MEMO_LIMIT = 4096  # signatures kept; a cache that grows by one key a step would otherwise never stop
 
-Function = Callable[..., object]
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A tensor that a kernel writes: a result of the cascade, or an intermediate that a later kernel reads."""
-
-    name: str
-    axes: tuple[Axis, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One kernel: the tensors and scalars it takes, in order, and the extents it was specialised to."""
-
-    kernel: str
-    inputs: tuple[str, ...]
-    outputs: tuple[Written, ...]
-    scalars: tuple[str, ...]
-    static: tuple[tuple[str, int], ...]
-
-    @staticmethod
-    def of(program: TileProgram) -> Call:
-        """How `program` is called."""
-        sizes = {declaration.name: program.static_size(declaration.name) for declaration in program.ranks}
-        return Call(
-            kernel=program.name,
-            inputs=tuple(t.name for t in program.inputs),
-            outputs=tuple(Written(o.name, o.output.axes, o.dtype.name) for o in program.outputs),
-            scalars=tuple(s.name for s in program.scalars),
-            static=tuple(sorted((rank, size) for rank, size in sizes.items() if size is not None)),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Call:
-        """The inverse of `to_dict`. Raises `KeyError` or `TypeError` for anything else."""
-        return Call(
-            kernel=str(data["kernel"]),
-            inputs=tuple(str(name) for name in data["inputs"]),
-            outputs=tuple(
-                Written(str(o["name"]), tuple(tuple(str(r) for r in axis) for axis in o["axes"]), str(o["dtype"])) for o in data["outputs"]
-            ),
-            scalars=tuple(str(name) for name in data["scalars"]),
-            static=tuple((str(rank), int(size)) for rank, size in data["static"]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class LibraryPart:
-    """A statement of an executable that library calls compute: how it is called, and the statement as a cascade of its own."""
-
-    call: Call
-    cascade: Cascade
-
-    @staticmethod
-    def of(step: LibraryPlan, types: Mapping[str, DType]) -> LibraryPart:
-        """The part of a plan's step; `types` gives the declared type of every tensor."""
-        c = step.cascade
-        outputs = tuple(Written(o.name, o.axes, types[o.name].name) for o in c.outputs)
-        return LibraryPart(Call(step.name, step.inputs, outputs, tuple(s.name for s in c.scalars), ()), c)
-
-    def function(self, sizes: Mapping[str, int]) -> Function:
-        """`launch(*inputs, *outputs, *scalars)` at these extents."""
-        return library_function(self.cascade, sizes)
-
-
-@dataclass(slots=True)
-class Part:
-    """One kernel of an executable: how it is called, its source, and its binary, in memory or in a file.
-
-    A binary in a file is loaded when it is first called; until then the target's toolkit is not imported.
-    """
-
-    call: Call
-    source: Source
-    known: Mapping[str, Any] | None = None
-    artifact: Artifact | None = None
-    path: Path | None = None
-    loaded: Function | None = None
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What is known of the binary. Worked out when it is asked for, which costs as much as a part of the build."""
-        if self.known is None:
-            backend = backend_for(self.source.target)
-            built = self.artifact if self.artifact is not None and self.path is None else backend.build(self.source)
-            self.known = dict(backend.facts(built))
-        return self.known
-
-    def restored(self) -> Artifact:
-        """The binary in memory. Raises `BuildError` if its file cannot be loaded."""
-        if self.artifact is None:
-            if self.path is None:
-                raise AssertionError("a part has an artifact or a path")
-            self.artifact = backend_for(self.source.target).restore(self.path, self.source)
-        return self.artifact
-
-    def function(self, sizes: Mapping[str, int]) -> Function:
-        """`launch(*inputs, *outputs, *scalars)`, whatever the extents."""
-        if self.loaded is None:
-            self.loaded = backend_for(self.source.target).load(self.restored())
-        return self.loaded
-
-    def binary(self, scratch: Path) -> Path:
-        """A file that holds the binary; `scratch` is written if there is none yet."""
-        if self.path is not None and self.path.is_file():
-            return self.path
-        backend_for(self.source.target).save(self.restored(), scratch)
-        return scratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +68,7 @@ class Executable:
     Attributes:
         cascade, target, sizes: what was compiled, for which machine, and the extents of the call it was compiled for.
         schedule: the schedule of its kernels, as given or chosen.
-        parts: the kernels and library calls, in launch order.
+        parts: the kernels, library calls and loops, in launch order.
         static: the extents that kernels were specialised to.
         strided: inputs whose last axis need not be contiguous.
     """
@@ -195,7 +79,7 @@ class Executable:
         target: Target,
         schedule: Schedule,
         sizes: Mapping[str, int],
-        parts: Sequence[Part | LibraryPart],
+        parts: Sequence[Part | LibraryPart | LoopPart],
         strided: frozenset[str] = frozenset(),
     ) -> None:
         self.cascade = cascade
@@ -204,7 +88,7 @@ class Executable:
         self.sizes = dict(sizes)
         self.parts = tuple(parts)
         self.strided = strided
-        self.static = {rank: size for part in parts for rank, size in part.call.static}
+        self.static = {rank: size for part in parts for rank, size in _static(part)}
         self._names = tuple(t.name for t in cascade.inputs)
         self._scalars = tuple(s.name for s in cascade.scalars)
         self._converters = tuple((s.name, converter(s.dtype)) for s in cascade.scalars)
@@ -272,8 +156,14 @@ class Executable:
 
     @property
     def kernels(self) -> tuple[Part, ...]:
-        """The parts that are kernels of our own."""
-        return tuple(part for part in self.parts if isinstance(part, Part))
+        """The parts that are kernels of our own, those of loops included."""
+        found: list[Part] = []
+        for part in self.parts:
+            if isinstance(part, LoopPart):
+                found.extend(part.body.kernels)
+            elif isinstance(part, Part):
+                found.append(part)
+        return tuple(found)
 
     @property
     def source(self) -> str:
@@ -405,3 +295,7 @@ class Executable:
                 hint="call it under torch.no_grad(), or pass .detach()ed tensors",
             )
         return [t.detach() for t in tensors]
+
+
+def _static(part: Part | LibraryPart | LoopPart) -> Iterable[tuple[str, int]]:
+    return part.body.static.items() if isinstance(part, LoopPart) else part.call.static

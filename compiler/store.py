@@ -24,7 +24,8 @@ from ..ir.errors import BuildError, EinfallError, UnsupportedError
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import MANIFEST, read_entry, write_entry
-from .executable import Call, Executable, LibraryPart, Part
+from .executable import Executable
+from .parts import Call, LibraryPart, LoopPart, Part
 
 FORMAT = 1  # of the manifest; raised when its layout changes
 _TOOLS = ("apache-tvm", "apache-tvm-ffi", "triton")
@@ -59,10 +60,14 @@ def manifest(executable: Executable, kernels: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def _entry(part: Part | LibraryPart, files: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(part, LibraryPart):
-        return {"call": part.call.to_dict(), "library": str(part.cascade)}
-    return {"call": part.call.to_dict(), "entry": part.source.entry, **files}
+def _entry(part: Part | LibraryPart | LoopPart, files: Mapping[str, Any]) -> dict[str, Any]:
+    match part:
+        case LibraryPart():
+            return {"call": part.call.to_dict(), "library": str(part.cascade)}
+        case LoopPart():
+            return {"call": part.call.to_dict(), "loop": str(part.cascade), "body": manifest(part.body, files["body"])}
+        case Part():
+            return {"call": part.call.to_dict(), "entry": part.source.entry, **files}
 
 
 def executable_of(facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], str], Path], cascade: Cascade | None = None) -> Executable:
@@ -78,14 +83,16 @@ def executable_of(facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], s
     target = Target.from_dict(facts["target"])
     from ..ir.text import parse_cascade
 
-    parts: list[Part | LibraryPart] = []
+    parts: list[Part | LibraryPart | LoopPart] = []
     for kernel in facts["kernels"]:
+        call = Call.from_dict(kernel["call"])
         if "library" in kernel:
-            parts.append(LibraryPart(Call.from_dict(kernel["call"]), parse_cascade(str(kernel["library"]), MANIFEST)))
-            continue
-        text = file(kernel, "source").read_text(encoding="utf-8")
-        source = Source.make(text, str(kernel["entry"]), target)
-        parts.append(Part(Call.from_dict(kernel["call"]), source, kernel.get("facts"), path=file(kernel, "binary")))
+            parts.append(LibraryPart(call, parse_cascade(str(kernel["library"]), MANIFEST)))
+        elif "loop" in kernel:
+            parts.append(LoopPart(call, parse_cascade(str(kernel["loop"]), MANIFEST), executable_of(kernel["body"], file)))
+        else:
+            source = Source.make(file(kernel, "source").read_text(encoding="utf-8"), str(kernel["entry"]), target)
+            parts.append(Part(call, source, kernel.get("facts"), path=file(kernel, "binary")))
     if cascade is None:
         cascade = parse_cascade(str(facts["cascade"]), MANIFEST)
     sizes = {str(rank): int(size) for rank, size in facts["sizes"].items()}
@@ -104,15 +111,7 @@ def save_executable(executable: Executable, folder: str | Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".einfall-", dir=place.parent) as beside:
             files: dict[str, bytes | Path] = {}
-            kernels: list[dict[str, Any]] = []
-            for number, part in enumerate(executable.parts):
-                if isinstance(part, LibraryPart):
-                    kernels.append({})
-                    continue
-                name = f"{number}_{re.sub(r'[^A-Za-z0-9_]', '_', part.call.kernel)}"
-                files[f"{name}.py"] = part.source.text.encode()
-                files[f"{name}.so"] = part.binary(Path(beside) / f"{name}.so")
-                kernels.append({"source": f"{name}.py", "binary": f"{name}.so", "facts": dict(part.facts)})
+            kernels = _files(executable, Path(beside), files)
             write_entry(Path(beside) / "entry", manifest(executable, kernels), files)
             if place.exists():
                 os.rename(place, Path(beside) / "before")
@@ -120,6 +119,23 @@ def save_executable(executable: Executable, folder: str | Path) -> Path:
     except OSError as error:
         raise EinfallError(f"{place} cannot be written: {error.strerror}") from None
     return place
+
+
+def _files(executable: Executable, beside: Path, files: dict[str, bytes | Path]) -> list[dict[str, Any]]:
+    """What the manifest says of the files of each part; the files are added to `files`."""
+    entries: list[dict[str, Any]] = []
+    for part in executable.parts:
+        match part:
+            case LibraryPart():
+                entries.append({})
+            case LoopPart():
+                entries.append({"body": _files(part.body, beside, files)})
+            case Part():
+                name = f"{len(files) // 2}_{re.sub(r'[^A-Za-z0-9_]', '_', part.call.kernel)}"
+                files[f"{name}.py"] = part.source.text.encode()
+                files[f"{name}.so"] = part.binary(beside / f"{name}.so")
+                entries.append({"source": f"{name}.py", "binary": f"{name}.so", "facts": dict(part.facts)})
+    return entries
 
 
 def load_executable(folder: str | Path) -> Executable:

@@ -17,6 +17,8 @@ from typing import Literal, TypeAlias
 from .cascade import Cascade, Einsum
 from .expr import Const, Expr
 
+STEP = "step"
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
@@ -147,12 +149,13 @@ class LibraryPlan:
 class LoopPlan:
     """An iterative block whose steps are a plan of their own, run one after the other.
 
-    `cascade` is the block by itself. `body` computes the next value of every state, as `name.next`, and the stop condition, as
-    `until`, from the states before the step and the tensors at the step; the scalar `rank` is the number of the step.
+    `cascade` is the block by itself. `step`, whose plan is `body`, computes the next value of every state, and the stop condition as
+    the last output, from the states before the step, whatever tensors the block reads, and the number of the step, the input `STEP`.
     """
 
     name: str
     cascade: Cascade
+    step: Cascade
     body: Plan
     stream: None = None
     stages: tuple[()] = ()

@@ -240,3 +240,74 @@ def shifted(X: "m e") -> "m e":
 def decay(Q: "m e", K: "p e", V: "p") -> "m":
     D = ef.exp((ef.index("p") - ef.index("m")).to(ef.f32) * 0.1)
     return ((Q * K).sum("e") * D * V).where(ef.index("p") <= ef.index("m")).sum("p")
+
+
+@cascade({"b": 3, "h": 2, "m": 4, "e": 16, "f": 8, "s": 21, "t": 7})
+def prefix_suffix(Q: "b h m e", A: "h s e", B: "h s f", C: "b h t e", D: "b h t f") -> "b h m f":
+    K = ef.concat(A, C, rank="p", parts=("s", "t"))
+    V = ef.concat(B, D, rank="p", parts=("s", "t"))
+    S = (Q * K).sum("e") * 0.25
+    S = S.where(ef.index("p") <= ef.index("m") * 9)  # in some rows a whole piece is masked
+    return (ef.softmax(S, "p") * V).sum("p")
+
+
+@cascade({"m": 5, "s": 21, "t": 1, "u": 40})
+def moments_of_pieces(A: "m s", B: "t", C: "m u") -> ("m", "m", "m p"):
+    X = ef.concat(A, B + 3.0, C * 2.0, rank="p", parts=("s", "t", "u"))
+    U = X.mean("p")
+    Y = X - U
+    return U, (Y * Y).mean("p"), Y * ef.rsqrt((Y * Y).mean("p") + 1e-3)
+
+
+@cascade({"m": 5, "s": 21, "t": 6, "f": 8})
+def neighbours_of_pieces(A: "m s", B: "m t") -> "m p":
+    X = ef.concat(A, B, rank="p", parts=("s", "t"))
+    return X - X.shift(p=-1, fill=0.0)
+
+
+@cascade({"b": 2, "p": 33, "e": 8})
+def kept(S: "b p", K: "b p e") -> ("b s e", "b s", "b s"):
+    W, I = (S * 2.0 + 1.0).topk("p", k=6, into="s")
+    return K.at(p=I), I, W
+
+
+@cascade({"b": 2, "p": 33})
+def ordered(S: "b p") -> ("b s", "b t", "b u", "b u"):
+    A, _ = S.sort("p", into="s")
+    B, _ = ef.softmax(S, "p").mass("p", 0.6, into="t")
+    C, I = S.where(ef.index("p") > 4).threshold("p", 0.3, into="u")
+    return A, B, C, I
+
+
+@cascade({"b": 2, "p": 33, "i": 7}, types={"I": ef.i32})
+def scans(X: "b p", Y: "b i=7", I: "b p") -> ("b p", "b i", "b", "b c", "b p"):
+    A = (ef.abs(X) * 0.1).cumsum("p")
+    N = (ef.abs(Y) < 1.0).to(ef.i32).cumprod("i", exclusive=True)
+    H = X.scatter_add(p=I, into="c", size=6)
+    return A, N, (A <= 1.0).sum("p"), H, X.cummax("p") * 2.0
+
+
+@cascade({"m": 6, "p": 33, "e": 8, "h": 2})
+def pooled(Q: "h m e", K: "h p e") -> "h p":
+    C = ef.softmax((Q * K).sum("e"), "p").mean("m")
+    return C.at(p=ef.index("p") + ef.index("w", size=5) - 2, fill=0.0).max("w")
+
+
+@cascade({"m": 6, "p": 33})
+def recurrent(X: "m p", A: "m") -> ("m", "m"):
+    def step(x, y):
+        return {"x": x * A * 0.1 + X, "y": ef.maximum(y, ef.abs(x).max("m"))}
+
+    x, y = ef.iterate("p", init={"x": A, "y": 0.0}, step=step, until=lambda x, y: y > 2.5)
+    return x, A * y
+
+
+@cascade({"n": 6, "m": 9})
+def power(X: "m n", V: "n") -> ("m", "n"):
+    def step(v, u):
+        w = (X * v).sum("n")
+        z = (X * w).sum("m")
+        return {"v": z * ef.rsqrt((z * z).sum("n")), "u": w}
+
+    v, u = ef.iterate("i", init={"v": V, "u": 0.0}, step=step, size=4)
+    return u, v

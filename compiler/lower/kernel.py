@@ -167,12 +167,30 @@ class _KernelLowering:
         ranks = tuple(d if d.name not in known else RankDecl(d.name, known[d.name]) for d in self.cascade.ranks)
         declared = {d.name for d in ranks}
         ranks += tuple(RankDecl(r, size) for r, size in known.items() if r not in declared)
+        inputs = self._inputs(known, body)
+        ranks = self._used(ranks, inputs, body)
         grid = tuple(GridRank(r, self.tiles[r]) for r in self.roles.grid)
         scalars = tuple(s for s in self.cascade.scalars if _reads_scalar(body, s.name))
-        return TileProgram(self.kernel.name, self._inputs(known, body), stored, scalars, ranks, grid, self.roles.resident, body)
+        return TileProgram(self.kernel.name, inputs, stored, scalars, ranks, grid, self.roles.resident, body)
 
     def _stored_type(self, name: str) -> DType:
         return self.values.types[name]
+
+    def _used(self, declared: tuple[RankDecl, ...], inputs: tuple[Tensor, ...], body: tuple[Node, ...]) -> tuple[RankDecl, ...]:
+        """The declarations of ranks that the kernel has, and of those that their sizes mention."""
+        table = self.cascade.tensor_ranks()
+        used = {r for t in inputs for r in t.ranks} | {r for name in self.kernel.outputs for r in table[name]}
+        used |= {*self.roles.grid, *self.roles.resident}
+        used |= {self.kernel.stream} if self.kernel.stream else set()
+        used |= {n.rank for e in _all_expressions(body) for n in walk(e) if isinstance(n, (Extent, Index))}
+        plain = {axis[0] for t in inputs for axis in t.axes if len(axis) == 1}
+        parts = {d.name: {n.rank for n in walk(d.size) if isinstance(n, Extent)} for d in declared}
+        before = -1
+        while len(used) > before:
+            before = len(used)
+            needed = {name for name in used if name in parts and (name not in plain or parts[name] & used)}
+            used |= {r for name in needed for r in parts[name]}
+        return tuple(d for d in declared if d.name in used and parts[d.name] <= used)
 
     def _inputs(self, known: Mapping[str, Const], body: tuple[Node, ...]) -> tuple[Tensor, ...]:
         """The tensors that the kernel reads, inputs of the cascade first, and such as are needed only for the extent of a rank."""

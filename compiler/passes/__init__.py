@@ -63,5 +63,5 @@ def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[s
     from .partition_kernels import partition_kernels
 
     prepared, notes = prepare(cascade)
-    partition = partition_kernels(prepared, sizes, repeat=repeat)
+    partition = partition_kernels(prepared, sizes, lambda step: make_plan(step, sizes, repeat=repeat), repeat=repeat)
     return Plan(prepared, partition.steps, notes, partition.cuts)

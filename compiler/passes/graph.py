@@ -119,7 +119,7 @@ def ordered_body(statements: Iterable[Statement], inputs: Iterable[Tensor]) -> t
     while waiting:
         later: list[Statement] = []
         for s in waiting:
-            inside = {name for name, _ in defined(s)} | _defined_inside(s)
+            inside = {name for name, _ in defined(s)} | defined_inside(s)
             if all(r.tensor in known or r.tensor in inside for e in expressions(s) for r in reads(e)):
                 ready.append(s)
                 known.update(name for name, _ in defined(s))
@@ -131,7 +131,8 @@ def ordered_body(statements: Iterable[Statement], inputs: Iterable[Tensor]) -> t
     return tuple(ready)
 
 
-def _defined_inside(s: Statement) -> set[str]:
+def defined_inside(s: Statement) -> set[str]:
+    """The tensors that an iterative block defines for itself."""
     if not isinstance(s, Iterate):
         return set()
-    return {name for inner in s.body for name, _ in defined(inner)} | {n for inner in s.body for n in _defined_inside(inner)}
+    return {name for inner in s.body for name, _ in defined(inner)} | {n for inner in s.body for n in defined_inside(inner)}

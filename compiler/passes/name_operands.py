@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...ir.cascade import Cascade, Concat, Einsum, Populate, Scan, Scatter, Statement
+from ...ir.cascade import Cascade, Concat, Einsum, Iterate, Populate, Scan, Scatter, Statement
 from ...ir.expr import Const, Expr, Op, Read, Scalar, aligned
 from ...ir.infer import expression_ranks
 from .graph import fresh
@@ -50,7 +50,10 @@ class _Naming:
                 return replace(s, expr=self._operand(expr, f"{s.out}_of", s), at=at, where=None)
             case Concat():
                 return replace(s, parts=tuple((piece, self._operand(e, f"{s.out}_{piece}", s)) for piece, e in s.parts))
-            case _:
+            case Iterate():
+                states = (replace(state, init=self._number(state.init, f"{state.name}_init", s)) for state in s.states)
+                return replace(s, states=tuple(states))
+            case Einsum():
                 return s
 
     def _operand(self, e: Expr, name: str, s: Statement) -> Expr:
@@ -64,4 +67,4 @@ class _Naming:
         return aligned(name, *ranks)
 
     def _number(self, e: Expr, name: str, s: Statement) -> Expr:
-        return e if isinstance(e, (Const, Scalar)) else self._operand(e, name, s)
+        return e if isinstance(e, Const) or (isinstance(e, Scalar) and not isinstance(s, Iterate)) else self._operand(e, name, s)

@@ -10,16 +10,16 @@ Statements over whole tensors (sorts, long scans, scatters) are steps of their o
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
-from ...ir.cascade import Cascade, Concat, Einsum, Populate, Scan, Scatter, Statement, defined
+from ...ir.cascade import Cascade, Einsum, Iterate, Statement, defined
 from ...ir.errors import UnsupportedError
 from ...ir.expr import reads
-from ...ir.plan import KernelPlan, LibraryPlan, Rejected, Stage, Step
+from ...ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan, Rejected, Stage, Step
 from .graph import definitions, dependencies
 from .stream_reductions import Streamer
-from .whole_tensors import behind, single, whole_tensors
+from .whole_tensors import behind, one_step, single, whole_tensors
 
 RESIDENT_LIMIT, SHORT_LIMIT = 1024, 64
 INNER_LIMIT = 1 << 14
@@ -44,14 +44,20 @@ class Partition:
     cuts: tuple[Rejected, ...]
 
 
-def partition_kernels(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset()) -> Partition:
-    """The steps in launch order. Raises `UnsupportedError` naming a statement that no step can hold yet."""
-    return _Partitioner(cascade, sizes, repeat).partition()
+def partition_kernels(
+    cascade: Cascade, sizes: Mapping[str, int], plan: Callable[[Cascade], Plan], *, repeat: frozenset[str] = frozenset()
+) -> Partition:
+    """The steps in launch order. `plan` gives the plan of one step of an iterative block.
+
+    Raises `UnsupportedError` where the kernels would need each other's results.
+    """
+    return _Partitioner(cascade, sizes, plan, repeat).partition()
 
 
 class _Partitioner:
-    def __init__(self, cascade: Cascade, sizes: Mapping[str, int], repeat: frozenset[str]) -> None:
+    def __init__(self, cascade: Cascade, sizes: Mapping[str, int], plan: Callable[[Cascade], Plan], repeat: frozenset[str]) -> None:
         self.cascade = cascade
+        self.plan = plan
         self.sizes = {**cascade.solve_sizes(sizes)}
         self.static = cascade.static_sizes()
         self.repeat = repeat
@@ -67,14 +73,18 @@ class _Partitioner:
         made = {name for step in library for name in step.outputs}
         given = {t.name for t in self.cascade.inputs}
         roots = [name for name in dict.fromkeys((*(o.name for o in self.cascade.outputs), *self.whole)) if name not in made | given]
+        careful = False
         while True:
-            grown = [self._grow(group, i) for i, group in enumerate(self._group(roots))]
+            grown = [self._grow(group, i) for i, group in enumerate(self._group(roots, careful=careful))]
             missing = [name for _, needs in grown for name in needs if name not in roots]
             if not missing:
-                steps = self._sorted([*(plan for plan, _ in grown), *library])
+                steps = self._sorted([*(plan for plan, _ in grown), *library], again=careful)
+                if not steps:
+                    careful = True
+                    continue
                 given.update(o.name for o in self.cascade.outputs)
                 return Partition(steps, tuple(Rejected("fuse", name, self._why(name)) for name in roots if name not in given))
-            roots.extend(missing)
+            roots.extend(dict.fromkeys(missing))
 
     def _why(self, name: str) -> str:
         """The reason why a result is stored for a later kernel."""
@@ -84,18 +94,23 @@ class _Partitioner:
         over = ", ".join(s.over) if isinstance(s, Einsum) else ""
         return f"stored: a reduction over {over} cannot be done within the tiles of the kernel that reads it, or many would do it again"
 
-    def _whole(self, s: Statement) -> LibraryPlan:
-        if not isinstance(s, (Scan, Populate, Scatter, Concat)):
-            raise self._unsupported(s)
-        return LibraryPlan(defined(s)[0][0], single(self.cascade, s))
+    def _whole(self, s: Statement) -> LibraryPlan | LoopPlan:
+        alone = single(self.cascade, s)
+        if not isinstance(s, Iterate):
+            return LibraryPlan(alone.name, alone)
+        step = one_step(self.cascade, s, alone)
+        return LoopPlan(alone.name, alone, step, self.plan(step))
 
-    def _group(self, roots: list[str]) -> list[_Group]:
+    def _group(self, roots: list[str], *, careful: bool) -> list[_Group]:
+        """Roots that may share a kernel. A `careful` one never has a root of another kernel between two of its own."""
         groups: list[_Group] = []
         for root in sorted(roots, key=lambda name: self.order.get(name, -1)):
             stream = self._stream(root)
             ranks = frozenset(self._ranks(root)) - {stream}
             for group in groups:
                 apart = any(other in self.behind[root] or root in self.behind[other] for other in group.roots)
+                if careful and any(self._between(root, other.roots, group.roots) for other in groups if other is not group):
+                    continue
                 if group.stream == stream and not apart and self._share(group.ranks, ranks):
                     group.roots.append(root)
                     group.ranks = group.ranks | ranks
@@ -103,6 +118,10 @@ class _Partitioner:
             else:
                 groups.append(_Group(stream, ranks, [root]))
         return groups
+
+    def _between(self, root: str, others: list[str], mine: list[str]) -> bool:
+        """Whether `root` needs one of `others` that needs one of `mine`."""
+        return any(other in self.depends[root] and any(name in self.depends[other] for name in mine) for other in others)
 
     def _share(self, a: frozenset[str], b: frozenset[str]) -> bool:
         """Whether two results may be made by the same tasks: ranks that one of them lacks are short."""
@@ -121,7 +140,11 @@ class _Partitioner:
             candidates.update({rank: None for rank in r.over if not self._is_short(rank, mine)})
         free = [rank for rank in candidates if not any(self._feeds(rank, r) for r in last if rank not in r.over)]
         ranked = sorted(free or candidates, key=lambda rank: -self.sizes.get(rank, INNER_LIMIT))
-        return ranked[0] if ranked else None
+        chosen = ranked[0] if ranked else None
+        shaped = {rank for r in last if chosen in r.over for rank in (*r.ranks, *r.over)}
+        if chosen is not None and any(rank not in shaped and not self._is_short(rank, mine) for rank in mine):
+            return None  # a map along a rank of its own: others store the reductions that it reads
+        return chosen
 
     def _is_short(self, rank: str, stored: Container[str]) -> bool:
         """Whether a rank of constant size is held whole rather than streamed: a block, a group, a window."""
@@ -208,15 +231,6 @@ class _Partitioner:
         """The cascade for a kernel that reads `inputs` from memory: how these came about is none of its business."""
         return replace(self.cascade, body=tuple(s for s in self.cascade.body if not any(name in inputs for name, _ in defined(s))))
 
-    def _unsupported(self, s: Statement) -> UnsupportedError:
-        name = defined(s)[0][0]
-        kind = type(s).__name__.lower()
-        return UnsupportedError(
-            f"{name} is a {kind}, which this version evaluates in the reference but does not lower to a kernel",
-            cascade=self.cascade.name, statement=name, location=s.location,
-            hint=f"use .reference(...), or compute {name} with torch and pass it in",
-        )  # fmt: skip
-
     def _ranks(self, name: str) -> tuple[str, ...]:
         s = self.table.get(name)
         if s is None:
@@ -224,8 +238,8 @@ class _Partitioner:
             return tensor.ranks if tensor is not None else ()
         return dict(defined(s))[name]
 
-    def _sorted(self, steps: list[Step]) -> tuple[Step, ...]:
-        """Producers before consumers, otherwise as found."""
+    def _sorted(self, steps: list[Step], *, again: bool) -> tuple[Step, ...]:
+        """Producers before consumers, otherwise as found; nothing if some need each other's results, an error if that is so `again`."""
         ready: list[Step] = []
         waiting = list(steps)
         while waiting:
@@ -233,6 +247,8 @@ class _Partitioner:
             free = [step for step in waiting if not made & set(step.inputs) - set(step.outputs)]
             ready.extend(free)
             waiting = [step for step in waiting if step not in free]
+            if not free and not again:
+                return ()
             if not free:
                 raise UnsupportedError("the kernels of this cascade would need each other's results", cascade=self.cascade.name)
         return tuple(ready)

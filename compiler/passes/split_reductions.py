@@ -157,9 +157,11 @@ class _StageSplitter:
     def write(self) -> None:
         """Adds the statements of the stage."""
         for r in self.stage.reductions:
-            for state in (s for s in self.stage.states if s.owner == r.out):
+            owned = [s for s in self.stage.states if s.owner == r.out]
+            for state in owned:
                 for piece in self.splitter.pieces:
                     self._piece(state, piece)
+            for state in owned:  # a state may be corrected by any other of the reduction's
                 self._merge(state)
             value = self._value(self.values[r.out], lambda s: aligned(self.merged[s], *self.of_state[s].ranks), self._whole)
             self.splitter.new.append(Einsum(r.out, r.ranks, value, location=r.location))
@@ -203,7 +205,8 @@ class _StageSplitter:
         total: Expr | None = None
         for name, coefficient in state.correction.terms:
             other = self.of_state[name]
-            before = term = aligned(self.of_piece[name, piece.rank], *other.ranks)
+            before = aligned(self.of_piece[name, piece.rank], *other.ranks)
+            term: Expr = before
             if coefficient is not None:
                 carried = self._at_origins(coefficient, self._common, lambda o: self._local(o, piece))
                 term = Op("where", (Op("eq", (before, other.identity)), before, Op("mul", (before, carried))))

@@ -20,9 +20,11 @@ from ...ir.cascade import (
     defined,
     expressions,
 )
-from ...ir.expr import Extent, Index, Read, Scalar, reads, walk
+from ...ir.expr import Cast, Const, Expr, Extent, Index, Op, Read, Scalar, reads, rewrite, walk
 from ...ir.infer import declared_types
-from ...ir.plan import LibraryPlan
+from ...ir.plan import STEP
+from ...ir.types import i32
+from .graph import defined_inside, fresh, map_expressions
 
 
 def whole_tensors(cascade: Cascade) -> dict[str, str]:
@@ -69,17 +71,12 @@ def behind(cascade: Cascade) -> dict[str, frozenset[str]]:
     return found
 
 
-def library_plan(cascade: Cascade, s: Populate | Scan | Scatter | Concat, name: str) -> LibraryPlan:
-    """The step that computes `s`, whose operands are tensors in memory, as a cascade of its own."""
-    return LibraryPlan(name, single(cascade, s))
-
-
 def single(cascade: Cascade, s: Statement) -> Cascade:
     """The cascade of one statement: what it reads are inputs, what it defines are outputs."""
     types = declared_types(cascade)
     table = cascade.tensor_ranks()
     names = dict.fromkeys(r.tensor for e in expressions(s) for r in reads(e))
-    names = {n: None for n in names if n not in dict(defined(s))}
+    names = {n: None for n in names if n not in {*dict(defined(s)), *defined_inside(s)}}
     inputs = tuple(cascade.input(n) or Tensor(n, tuple((r,) for r in table[n]), types[n]) for n in names)
     given = {o.name: o for o in cascade.outputs}
     outputs = tuple(given.get(n) or Output(n, tuple((r,) for r in ranks)) for n, ranks in defined(s))
@@ -96,3 +93,35 @@ def _declared(cascade: Cascade, used: set[str]) -> tuple[RankDecl, ...]:
         before = len(used)
         used |= {n.rank for d in cascade.ranks if d.name in used for n in walk(d.size) if isinstance(n, Extent)}
     return tuple(d for d in cascade.ranks if d.name in used)
+
+
+def one_step(cascade: Cascade, block: Iterate, alone: Cascade) -> Cascade:
+    """A step of `block` as a cascade: from the states before it, what the block reads and the number of the step to the next states.
+
+    The stop condition is the last output. `alone` is the block as `single` gives it.
+    """
+    types = declared_types(cascade)
+    taken = {*cascade.tensor_ranks(), STEP}
+    new = {s.name: fresh(f"{s.name}_next", taken) for s in block.states}
+
+    def at_step(e: Expr) -> Expr:
+        return rewrite(e, lambda node: Read(STEP, ()) if node == Index(block.rank) else None)
+
+    def after(e: Expr) -> Expr:
+        return rewrite(e, lambda n: replace(n, tensor=new[n.tensor]) if isinstance(n, Read) and n.tensor in new else None)
+
+    read = {r.tensor for inner in block.body for e in expressions(inner) for r in reads(e)}
+    read |= {r.tensor for s in block.states for r in reads(s.next)}
+    read |= {r.tensor for r in reads(block.until)} if block.until is not None else set()
+    inputs = tuple(t for t in alone.inputs if t.name in read)
+    inputs += tuple(Tensor(s.name, tuple((r,) for r in s.ranks), types[s.name]) for s in block.states)
+    body = [map_expressions(inner, at_step) for inner in block.body]
+    for s in block.states:
+        body.append(Einsum(new[s.name], s.ranks, Cast(at_step(s.next), types[s.name]), location=block.location))
+    outputs = [Output(new[s.name], tuple((r,) for r in s.ranks)) for s in block.states]
+    if block.until is not None:
+        body.append(Einsum(fresh("until", taken), (), Op("ne", (after(at_step(block.until)), Const(0))), location=block.location))
+        outputs.append(Output(body[-1].out, ()))  # type: ignore[union-attr]
+    number = Tensor(STEP, (), i32)
+    step = replace(cascade, name=alone.name, inputs=(*inputs, number), ranks=(), body=tuple(body), outputs=tuple(outputs))
+    return replace(step, ranks=_declared(cascade, set(step.all_ranks())))

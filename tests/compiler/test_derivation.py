@@ -11,6 +11,7 @@ from einfall.compiler.passes import PIPELINE, make_plan
 from einfall.compiler.passes.write_streams import write_streams
 from einfall.compiler.trace import trace
 from einfall.ir.check import check_cascade
+from einfall.ir.plan import LoopPlan
 from einfall.ir.reference import evaluate
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -114,9 +115,11 @@ def test_repeat_takes_a_pass_for_each_dependent_reduction():
     assert differences(evaluate(write_streams(plan), tensors, case.scalars, dtype=torch.float64), expected) < 1e-12
 
 
-def test_a_statement_that_cannot_be_lowered_is_named():
+def test_a_block_of_unknown_length_is_a_loop_over_kernels():
     def walk(X: "m p") -> "m":
         return ef.iterate("p", init=0.0, step=lambda x: ef.maximum(x, X) * 0.5)
 
-    with pytest.raises(ef.UnsupportedError, match="does not lower"):
-        make_plan(trace(walk), {"m": 3, "p": 9})
+    (loop,) = make_plan(trace(walk), {"m": 3, "p": 9}).steps
+    assert isinstance(loop, LoopPlan)
+    assert [t.name for t in loop.step.inputs] == ["X", loop.step.inputs[1].name, "step"]
+    assert [k.outputs for k in loop.body.kernels] == [(f"{loop.step.inputs[1].name}_next",)]
