@@ -47,16 +47,16 @@ def prompt(g: torch.Generator, n: Mapping[str, int], m: str) -> tuple[torch.Tens
 def without_ties(
     make: Callable[[torch.Generator, Mapping[str, int]], tuple[torch.Tensor, ...]],
     score: Callable[..., torch.Tensor],
-    gap: float = 2e-6,
+    top: int,
+    gap: float = 1e-5,
 ) -> Callable[[torch.Generator, Mapping[str, int]], tuple[torch.Tensor, ...]]:
-    """`make`, drawn again until no two scores of a row are within `gap` of each other, relative to the largest: decisions without ties."""
+    """`make`, drawn again until the `top` highest scores of every row and the next are at least `gap` apart, relative to themselves."""
 
     def inputs(g: torch.Generator, n: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
         for _ in range(100):
             tensors = make(g, n)
-            found = score(*(t.double() for t in tensors))
-            steps = found.sort(-1).values.diff() / found.amax(-1, keepdim=True).clamp(min=1e-30)
-            if bool((steps > gap).all()):
+            falling = score(*(t.double() for t in tensors)).sort(-1, descending=True).values[..., : top + 1]
+            if bool((falling.diff() < -gap * falling[..., 1:]).all()):
                 return tensors
         raise ValueError(f"a hundred draws with ties at {dict(n)}")
 

@@ -103,7 +103,7 @@ RECIPE = Recipe(
             name="snapkv",
             kernel=snapkv,
             oracle=snapkv_oracle,
-            inputs=common.without_ties(prompt, lambda q, k, v: score_oracle(q, k, 3)[..., : k.shape[2] - q.shape[2]]),
+            inputs=common.without_ties(prompt, lambda q, k, v: score_oracle(q, k, 3)[..., : k.shape[2] - q.shape[2]], top=31),
             sizes={"b": 1, "g": 4, "r": 2, "w": 16, "p": 256, "e": 64, "f": 64},
             ranges={"b": (1, 2), "g": (1, 3), "r": (1, 3), "w": (1, 17), "p": (31, 101), "e": (7, 33), "f": (1, 19)},
             static={"pool": 3, "budget": 31},
