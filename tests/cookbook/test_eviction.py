@@ -83,12 +83,23 @@ def test_a_window_as_long_as_the_prompt_keeps_its_first_tokens():
         assert I.tolist() == [[[0, 1, 2, 3]]]
 
 
-def test_a_budget_of_the_whole_cache_is_a_permutation_and_a_larger_one_an_error():
+@pytest.mark.parametrize("run", ["reference", "__call__"])
+def test_a_budget_of_the_whole_cache_is_a_permutation_and_a_larger_one_an_error(run):
     S, K = torch.rand(1, 1, 6), torch.rand(1, 1, 6, 2)
-    *_, I = h2o.keep.reference(S, K, K, budget=6, window=2)
+    cut = getattr(h2o.keep, run)
+    *_, I = cut(S, K, K, budget=6, window=2)
     assert sorted(I.flatten().tolist()) == list(range(6))
     with pytest.raises(ef.BindingError, match=r"rank p\b"):
-        h2o.keep.reference(S, K, K, budget=7, window=2)
+        cut(S, K, K, budget=7, window=2)
+    with pytest.raises(ef.CascadeError, match="size 0"):
+        cut(S, K, K, budget=0, window=2)
+
+
+@pytest.mark.parametrize("run", ["reference", "__call__"])
+def test_a_score_that_is_no_number_counts_as_the_largest(run):
+    S, K = torch.tensor([[[1.0, 4.0, torch.nan, 3.0, 2.0]]]), torch.rand(1, 1, 5, 2)
+    *_, I = getattr(h2o.keep, run)(S, K, K, budget=3, window=1)
+    assert I.tolist() == [[[2, 4, 1]]]
 
 
 def test_the_scores_are_those_of_kvpress_observed_attention():
