@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 from ...ir.errors import UnsupportedError
@@ -15,9 +16,47 @@ ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 IMPORTED = ("exp", "exp2", "log", "log2", "tanh", "sigmoid")
 LIBRARY = ("erf", "log1p", "sin", "cos")
+_ADDS_LITERAL = re.compile(r"[+-] \(?T\.(broadcast\(T\.)?float")
+DIFFER = {"float32": "differ", "float64": "differ64"}
+WRAPPING = {"add": "wadd", "sub": "wsub", "mul": "wmul"}
 ROUNDING = {"floor": "floor", "ceil": "ceil", "round": "nearbyint", "trunc": "trunc"}
-BITS = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "shl": "shift_left", "shr": "shift_right"}
+BITS = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}
+SHIFTS = {"shl": "shift_left", "shr": "shift_right"}
+TESTS = ("isnan", "isinf", "isfinite")
+BEYOND = ("minimum", "maximum", "floordiv", "mod", *SHIFTS)  # what a literal that is wrapped to the type of its operand would change
 RANK_OF_KIND = {"bool": 0, "uint8": 1, "int8": 1, "int16": 2, "int32": 3, "int64": 4, "float32": 5, "float64": 6}
+
+
+def _widens(source: str, target: str) -> bool:
+    """Whether TVM may convert: between floats, or to an integer type that holds all values. It takes anything else for an index."""
+    floats = (source in ts.FLOATS, target in ts.FLOATS)
+    if any(floats):
+        return all(floats)
+    (low, high), (lowest, highest) = ts.limits(source), ts.limits(target)
+    return lowest <= low and high <= highest
+
+
+def _literal(number: float | int | bool, dtype: str) -> float | int | bool:
+    """A literal as a value of a type; an infinity among integers is the extreme of the type."""
+    if dtype == "bool":
+        return bool(number)
+    if dtype in ts.FLOATS:
+        return float(number)
+    if isinstance(number, float) and not math.isfinite(number):
+        return 0 if math.isnan(number) else ts.limits(dtype)[0 if number < 0 else 1]
+    return ts.wrapped_number(int(number), dtype)
+
+
+def _simplified(name: str, a: Value, b: Value) -> bool:
+    """Whether TVM would compute a sum as of real numbers: x - x, (x + c) - c. It must not see such."""
+    if name == "mul":
+        return any(v.number == 0 for v in (a, b))
+    for x, y in ((a, b), (b, a)):
+        if x.number is not None and _ADDS_LITERAL.search(y.text):
+            return True
+        if x.number is None and re.search(rf"(?<!\w){re.escape(x.text)}(?!\w)", y.text):
+            return True
+    return False
 
 
 def compute_type(t: DType) -> str:
@@ -51,20 +90,18 @@ class Arithmetic:
         if v.dtype == dtype:
             return replace(v, weak=False)
         if v.number is not None:
-            number = v.number
-            if dtype not in ts.FLOATS and dtype != "bool" and isinstance(number, float) and not math.isfinite(number):
-                number = 0
-            return ts.constant(number, dtype)
-        type_name = Value("", dtype, v.lanes).type_name
+            return ts.constant(_literal(v.number, dtype), dtype)
         if dtype == "bool":
             zero = ts.broadcast(ts.constant(0, v.dtype), v.lanes)
+            if v.dtype in ts.FLOATS:  # TVM's own test is false for NaN
+                return self.cast(self.helper(DIFFER[v.dtype], v, zero, dtype="int32"), "bool")
             return Value(f"{v.text} != {zero.text}", "bool", v.lanes, binding=ts.OTHER)
         if v.dtype == "bool":
             one, zero = (ts.broadcast(ts.constant(x, dtype), v.lanes) for x in (1, 0))
             return Value(f"T.Select({v.text}, {one.text}, {zero.text})", dtype, v.lanes)
-        if v.dtype == "int32" and dtype == "float32":  # not by T.Cast: TVM's analyser takes floats it knows the bounds of for integers
-            return self.helper("float_int32", v, dtype=dtype)
-        return Value(f'T.Cast("{type_name}", {v.text})', dtype, v.lanes)
+        if _widens(v.dtype, dtype):
+            return Value(f'T.Cast("{Value("", dtype, v.lanes).type_name}", {v.text})', dtype, v.lanes)
+        return self.helper(f"cast_{v.dtype}_{dtype}", v, dtype=dtype)
 
     def unify(self, *values: Value) -> list[Value]:
         """Operands brought to one type and width."""
@@ -105,25 +142,32 @@ class Arithmetic:
         return Value(f"T.Select({c.text}, {x.text}, {y.text})", x.dtype, lanes)
 
     def operation(self, name: str, args: list[Value]) -> Value:
+        """An operation of the table `OPS`. The result of weak operands is weak, that of data is data."""
+        result = self._operation(name, args)
+        weak = all(a.weak for a in args) and result.number is None
+        return replace(result, data=any(a.data for a in args), weak=weak or result.weak)
+
+    def _operation(self, name: str, args: list[Value]) -> Value:
         if name == "exact":
             return args[0]
         if name == "where":
             return self.select(self.cast(args[0], "bool"), args[1], args[2])
+        wide = self._beyond(name, args)
+        if wide is not None:
+            return wide
         if name == "ne" and any(a.dtype in ts.FLOATS for a in args):  # TVM's own test is false for NaN
             a, b = self.unify(*args)
-            if a.dtype == "float32":
-                return self.cast(self.helper("differ", a, b, dtype="int32"), "bool")
+            return self.cast(self.helper(DIFFER[a.dtype], a, b, dtype="int32"), "bool")
         if name in COMPARISONS:
             return self.compare(COMPARISONS[name], args[0], args[1])
-        if name in ("isnan", "isinf", "isfinite"):
-            if args[0].dtype not in ts.FLOATS:
+        if name in TESTS:
+            x = args[0]
+            if x.dtype not in ts.FLOATS:
                 return ts.constant(name == "isfinite", "bool")
-            return self.cast(self.helper(name, self.cast(args[0], "float32"), dtype="int32"), "bool")
+            return self.cast(self.helper(name if x.dtype == "float32" else f"{name}64", x, dtype="int32"), "bool")
         if name in ("popcount", "clz"):
-            bits = args[0].dtype
-            wide = self.cast(args[0], "int32") if bits in ("int8", "int16", "uint8", "bool") else args[0]
-            counted = self.helper(f"{name}_{wide.dtype}", wide, dtype=wide.dtype)
-            return self.cast(counted, "int32")
+            x = self.cast(args[0], "uint8") if args[0].dtype == "bool" else args[0]
+            return self.helper(f"{name}_{x.dtype}", x, dtype="int32")
         if name in (*IMPORTED, *LIBRARY, "sqrt", "rsqrt"):
             x = args[0] if args[0].dtype == "float64" and not args[0].weak else self.cast(args[0], "float32")
             return self._float(name, x)
@@ -135,74 +179,116 @@ class Arithmetic:
         if name == "pow":
             return self._power(args)
         operands = self.unify(*args)
-        return self._arithmetic(name, operands)
+        a = operands[0]
+        if a.dtype in ts.FLOATS:
+            return self._floating(name, *operands)
+        return self._logic(name, *operands) if a.dtype == "bool" else self._integer(name, any(v.data for v in args), *operands)
+
+    def _beyond(self, name: str, args: list[Value]) -> Value | None:
+        """An operation of integers and a literal that their type does not hold, in 64 bits; None for any other."""
+        integers = [v for v in args if v.dtype in ts.INTEGERS]
+        strong = [v for v in integers if not v.weak]
+        if len(integers) < len(args) or not strong or (name not in COMPARISONS and name not in BEYOND):
+            return None
+        dtype = self.unify(*strong)[0].dtype
+        low, high = ts.limits(dtype)
+        if all(v.number is None or not v.weak or low <= v.number <= high for v in args):
+            return None
+        result = self._operation(name, [self.cast(v, "int64") for v in args])
+        return result if result.dtype == "bool" else self.cast(result, dtype)
 
     def _infix(self, symbol: str, a: Value, b: Value) -> Value:
         return Value(f"({ts.wrapped(a, ts.SUM)} {symbol} {ts.wrapped(b, ts.ATOM)})", a.dtype, a.lanes)
 
-    def _arithmetic(self, name: str, operands: list[Value]) -> Value:
-        a = operands[0]
-        floating = a.dtype in ts.FLOATS
-        if name in ARITHMETIC:
-            return self._infix(ARITHMETIC[name], *operands)
-        if name in ("minimum", "maximum"):
-            return Value(f"T.{name[:3]}({a.text}, {operands[1].text})", a.dtype, a.lanes)
-        if name in BITS and a.dtype == "bool":
-            return self._logic(name, *operands)
-        if name in BITS:
-            return Value(f"T.{BITS[name]}({a.text}, {operands[1].text})", a.dtype, a.lanes)
-        if name == "not":
-            return self._negated(a) if a.dtype == "bool" else Value(f"T.bitwise_not({a.text})", a.dtype, a.lanes)
-        zero = ts.broadcast(ts.constant(0, a.dtype), a.lanes)
-        if name == "neg":
-            if floating:  # 0 - x loses the sign of zero
-                return self._infix("*", a, ts.broadcast(ts.constant(-1, a.dtype), a.lanes))
-            return self._infix("-", zero, a)
+    def _unknown(self, name: str, what: str, hint: str) -> UnsupportedError:
+        return UnsupportedError(f"the CPU backend has no {name!r} of {what}", statement=self.statement, hint=hint)
+
+    def _floating(self, name: str, a: Value, b: Value | None = None) -> Value:
+        """Arithmetic of floats of one type."""
+        if name in ARITHMETIC and b is not None:
+            if _simplified(name, a, b):
+                return self.helper(f"f{name}_{a.dtype}", a, b, dtype=a.dtype)
+            return self._infix(ARITHMETIC[name], a, b)
+        if name in ("minimum", "maximum") and b is not None:
+            return Value(f"T.{name[:3]}({a.text}, {b.text})", a.dtype, a.lanes)
+        if name == "neg":  # 0 - x loses the sign of zero
+            return self._infix("*", a, ts.broadcast(ts.constant(-1, a.dtype), a.lanes))
         if name == "abs":
-            return (
-                Value(f"T.abs({a.text})", a.dtype, a.lanes)
-                if floating
-                else Value(f"T.max({a.text}, {zero.text} - {a.text})", a.dtype, a.lanes)
-            )
+            return Value(f"T.abs({a.text})", a.dtype, a.lanes)
         if name == "sign":
-            one, minus = (ts.broadcast(ts.constant(x, a.dtype), a.lanes) for x in (1, -1 if a.dtype != "uint8" else 0))
+            one, minus, zero = (ts.broadcast(ts.constant(x, a.dtype), a.lanes) for x in (1, -1, 0))
             negative = Value(f"T.Select({a.text} < {zero.text}, {minus.text}, {zero.text})", a.dtype, a.lanes)
             return Value(f"T.Select({a.text} > {zero.text}, {one.text}, {negative.text})", a.dtype, a.lanes)
         if name in ROUNDING:
-            return Value(f"T.{ROUNDING[name]}({a.text})", a.dtype, a.lanes) if floating else a
+            return Value(f"T.{ROUNDING[name]}({a.text})", a.dtype, a.lanes)
+        if name in ("floordiv", "mod") and b is not None:
+            return self._division(name, a, b)
+        raise self._unknown(name, "floats", "cast to an integer type, or take the bits with .bitcast")
+
+    def _integer(self, name: str, data: bool, a: Value, b: Value | None = None) -> Value:
+        """Arithmetic of integers of one type. Indices are left to TVM, whose analysis needs them; data may wrap around."""
+        if name in ROUNDING:
+            return a
+        if name in BITS and b is not None:
+            return Value(f"T.{BITS[name]}({a.text}, {b.text})", a.dtype, a.lanes)
+        if name == "not":
+            return Value(f"T.bitwise_not({a.text})", a.dtype, a.lanes)
+        if name in ("minimum", "maximum") and b is not None:
+            return Value(f"T.{name[:3]}({a.text}, {b.text})", a.dtype, a.lanes)
+        zero, one, minus = (ts.broadcast(ts.constant(x, a.dtype), a.lanes) for x in (0, 1, -1 if a.dtype != "uint8" else 0))
+        if name == "sign":
+            negative = Value(f"T.Select({a.text} < {zero.text}, {minus.text}, {zero.text})", a.dtype, a.lanes)
+            return Value(f"T.Select({a.text} > {zero.text}, {one.text}, {negative.text})", a.dtype, a.lanes)
+        if name == "abs":
+            return self.helper(f"wabs_{a.dtype}", a, dtype=a.dtype)
+        if name == "neg":
+            return self._integer("sub", data, zero, a)
+        if b is None:
+            raise self._unknown(name, a.dtype, "cast to f32 first")
+        if name in ARITHMETIC:
+            return self.helper(f"{WRAPPING[name]}_{a.dtype}", a, b, dtype=a.dtype) if data else self._infix(ARITHMETIC[name], a, b)
+        if name in SHIFTS:
+            return self._shift(name, data, a, b)
+        known = b.number is not None and b.number not in (0, -1)
+        if name in ("floordiv", "mod") and known:
+            return Value(f"T.{'floordiv' if name == 'floordiv' else 'floormod'}({a.text}, {b.text})", a.dtype, a.lanes)
         if name in ("floordiv", "mod"):
-            return self._division(name, *operands)
-        raise UnsupportedError(f"the CPU backend has no operation {name!r}", statement=self.statement)
+            return self.helper(f"{name}_{a.dtype}", a, b, dtype=a.dtype)
+        raise self._unknown(name, a.dtype, "cast to f32 first")
+
+    def _shift(self, name: str, data: bool, a: Value, b: Value) -> Value:
+        """A shift; one by what is not known to lie within the width gives 0, or the sign."""
+        low, high = ts.limits(a.dtype)
+        inside = b.number is not None and 0 <= b.number < (high - low).bit_length()
+        if inside and (name == "shr" or not data):
+            return Value(f"T.{SHIFTS[name]}({a.text}, {b.text})", a.dtype, a.lanes)
+        return self.helper(f"{name}_{a.dtype}", a, b, dtype=a.dtype)
 
     def _negated(self, a: Value) -> Value:
         """The negation, by way of bits: TVM takes the negation of a < b for a >= b, wrong for NaN."""
         bits, one = self.cast(a, "int8"), ts.broadcast(ts.constant(1, "int8"), a.lanes)
         return self.cast(Value(f"T.bitwise_xor({bits.text}, {one.text})", "int8", a.lanes), "bool")
 
-    def _logic(self, name: str, a: Value, b: Value) -> Value:
-        if name in ("and", "or"):
+    def _logic(self, name: str, a: Value, b: Value | None = None) -> Value:
+        if name == "not":
+            return self._negated(a)
+        if name in ("and", "or") and b is not None:
             return Value(f"T.{name.capitalize()}({a.text}, {b.text})", "bool", a.lanes)
-        if name == "xor":
+        if name == "xor" and b is not None:
             x, y = self.cast(a, "int8"), self.cast(b, "int8")
             return self.cast(Value(f"T.bitwise_xor({x.text}, {y.text})", "int8", a.lanes), "bool")
-        raise UnsupportedError(f"the CPU backend has no {name!r} of bools", statement=self.statement, hint="cast to an integer first")
+        raise self._unknown(name, "bools", "cast to an integer first")
 
     def _division(self, name: str, a: Value, b: Value) -> Value:
         """The quotient rounded down, or the remainder with the divisor's sign."""
-        if a.dtype in ts.FLOATS:
-            if name == "floordiv":
-                return Value(f"T.floor({self._infix('/', a, b).text})", a.dtype, a.lanes)
-            rest = self.helper("fmod", self.cast(a, "float32"), self.cast(b, "float32"), dtype="float32")
-            zero = ts.broadcast(ts.constant(0, "float32"), rest.lanes)
-            below = f"T.And({rest.text} < {zero.text}, {b.text} > {zero.text})"
-            above = f"T.And({rest.text} > {zero.text}, {b.text} < {zero.text})"
-            other = f"T.Or({below}, {above})"
-            return Value(f"T.Select({other}, {rest.text} + {b.text}, {rest.text})", "float32", rest.lanes)
-        if b.number is None:  # lanes outside an extent hold zeros, and the processor traps
-            zero, one = (ts.broadcast(ts.constant(x, b.dtype), b.lanes) for x in (0, 1))
-            b = Value(f"T.Select({b.text} == {zero.text}, {one.text}, {b.text})", b.dtype, b.lanes)
-        function = {"floordiv": "floordiv", "mod": "floormod"}[name]
-        return Value(f"T.{function}({a.text}, {b.text})", a.dtype, a.lanes)
+        if name == "floordiv":
+            return Value(f"T.floor({self._infix('/', a, b).text})", a.dtype, a.lanes)
+        rest = self.helper("fmod", self.cast(a, "float32"), self.cast(b, "float32"), dtype="float32")
+        zero = ts.broadcast(ts.constant(0, "float32"), rest.lanes)
+        below = f"T.And({rest.text} < {zero.text}, {b.text} > {zero.text})"
+        above = f"T.And({rest.text} > {zero.text}, {b.text} < {zero.text})"
+        other = f"T.Or({below}, {above})"
+        return Value(f"T.Select({other}, {rest.text} + {b.text}, {rest.text})", "float32", rest.lanes)
 
     def _float(self, name: str, x: Value) -> Value:
         if name == "sqrt":
@@ -220,9 +306,9 @@ class Arithmetic:
         base, exponent = args
         number = exponent.number
         if number is not None and not isinstance(number, bool) and number in (1, 2, 3, 4):
-            result = base if base.dtype != "bool" else self.cast(base, "int32")
+            result = base = base if base.dtype != "bool" else self.cast(base, "int32")
             for _ in range(int(number) - 1):
-                result = self._infix("*", result, base)
+                result = self._operation("mul", [result, base])
             return result
         a, b = self.unify(base, exponent)
         if a.dtype == "float32":
@@ -239,4 +325,4 @@ class Arithmetic:
             return v
         variable = self.names.fresh("v", wanted)
         out.append(Let(variable, v))
-        return Value(variable, v.dtype, v.lanes)
+        return Value(variable, v.dtype, v.lanes, data=v.data)

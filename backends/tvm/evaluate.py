@@ -25,7 +25,7 @@ from ...ir.expr import (
 )  # fmt: skip
 from ...ir.infer import expression_ranks, expression_type
 from ...ir.tile import Loop
-from ...ir.types import DType
+from ...ir.types import DType, i4, i32, i64
 from . import script as ts
 from .arithmetic import Arithmetic, compute_type
 from .cpu import Cpu
@@ -33,6 +33,7 @@ from .memory import Array, Memory
 from .script import Alloc, For, Names, Set, Statement, Value
 from .tiles import TileBuffer
 
+CODE_TYPES = {16: "int16", 8: "int8", 4: "int8"}
 INDEX_OPERATIONS = {
     "add": ts.add, "sub": ts.sub, "mul": ts.mul, "floordiv": ts.floor_div, "mod": ts.floor_mod, "minimum": ts.smaller, "maximum": ts.larger,
 }  # fmt: skip
@@ -115,6 +116,7 @@ class Evaluator(Arithmetic):
         self.tile_ranks = tile_ranks
         self.places = places
         self.starts = starts
+        self.four_bits = i4 in (*(a.dtype for a in memory.arrays.values()), *tile_types.values())
 
     # -- ranks ------------------------------------------------------------------------------------------------------------------
 
@@ -165,6 +167,10 @@ class Evaluator(Arithmetic):
 
     def value(self, e: Expr, at: Point, out: list[Statement]) -> Value:
         """`e` at the point: a vector if it varies along the lane, else a scalar. May add statements to `out`."""
+        v = self._value(e, at, out)
+        return replace(v, data=True) if isinstance(e, (Tile, Read, Cast, Bitcast)) and not v.data else v
+
+    def _value(self, e: Expr, at: Point, out: list[Statement]) -> Value:
         match e:
             case Const(value=number):
                 if isinstance(number, bool):
@@ -191,12 +197,24 @@ class Evaluator(Arithmetic):
             case Read():
                 return self._read(e, at, out)
             case Cast(x=x, dtype=dtype):
+                self.four_bits |= dtype == i4
                 return self.rounded(self.value(x, at, out), dtype)
             case Bitcast(x=x, dtype=dtype):
                 return self._bits(x, dtype, at, out)
             case Op(name=name, args=args):
-                return self.operation(name, [self.value(a, at, out) for a in args])
+                return self._applied(e, name, [self.value(a, at, out) for a in args])
         raise AssertionError(f"not an expression: {e!r}")
+
+    def _applied(self, e: Op, name: str, args: list[Value]) -> Value:
+        """An operation; four-bit integers, which are computed in eight, wrap around."""
+        if not self.four_bits:
+            return self.operation(name, args)
+        if name in ("popcount", "clz") and self.type_of(e.args[0]).bits == 4:
+            low = self.operation("and", [self.cast(args[0], "int32"), ts.constant(15, "int32")])
+            counted = self.operation(name, [low])
+            return self.operation("sub", [counted, ts.constant(28, "int32")]) if name == "clz" else counted
+        result = self.operation(name, args)
+        return self.rounded(result, i4) if self.type_of(e) == i4 and result.number is None else result
 
     def _start(self, rank: str, at: Point) -> Value:
         loop = self.active(rank, at)
@@ -239,13 +257,14 @@ class Evaluator(Arithmetic):
         type_name = Value("", "float32", both.lanes).type_name
         return Value(f'T.reinterpret("{type_name}", {chosen.text})', "float32", both.lanes)
 
-    def _lanewise(self, e: Expr, at: Point, dtype: str, out: list[Statement]) -> Value:
-        """`e` computed lane by lane into a vector."""
+    def _lanewise(self, e: Expr, at: Point, dtype: str, out: list[Statement], *, raw: bool = False) -> Value:
+        """`e` computed lane by lane into a vector; `raw` as the codes in memory."""
         variable, lane = self.names.fresh("g"), self.names.fresh("l")
         stored = "int8" if dtype == "bool" else dtype
         body: list[Statement] = []
         inner = self.at_lane(at, lane, (e,), out)
-        result = self.cast(self.value(e, inner, body), stored)
+        value = self._read(e, inner, body, raw=True) if raw and isinstance(e, Read) else self.value(e, inner, body)
+        result = self.cast(value, stored)
         out.append(Alloc(variable, (at.lanes,), stored))
         out.append(For(lane, ts.integer(0), ts.integer(at.lanes), "T.unroll", [*body, Set(Value(f"{variable}[{lane}]", stored), result)]))
         vector = Value(f"{variable}[T.ramp(0, 1, {at.lanes})]", stored, at.lanes)
@@ -285,21 +304,29 @@ class Evaluator(Arithmetic):
         condition = self.condition(at, out)
         if condition is None:
             return v
-        return self.select(condition, v, self.value(identity, at, out))
+        chosen = self.select(condition, v, self.cast(self.value(identity, at, out), v.dtype))
+        return replace(chosen, data=v.data)
 
     # -- memory -----------------------------------------------------------------------------------------------------------------
 
-    def _read(self, e: Read, at: Point, out: list[Statement]) -> Value:
+    def _read(self, e: Read, at: Point, out: list[Statement], *, raw: bool = False) -> Value:
+        """An element or a vector of memory; `raw` gives the codes of a narrow float."""
         array = self.memory.arrays[e.tensor]
-        compute = compute_type(array.dtype)
+        compute = CODE_TYPES[array.dtype.bits] if raw else compute_type(array.dtype)
+        narrow = array.dtype.is_float and array.dtype.bits < 32
         if any(self.uses_lane(c, at) for c in e.coords):
-            if e.fill is not None or not self.is_vector(e, array, at):
-                return self._lanewise(e, at, compute, out)
-            return self._vector_read(e, array, at, out)
+            if e.fill is None and self.is_vector(e, array, at):
+                return self._vector_read(e, array, at, out, compute)
+            if narrow and not raw and e.fill is None:  # gathered as codes, then converted at once
+                codes = self._lanewise(e, at, CODE_TYPES[array.dtype.bits], out, raw=True)
+                return self.helper(f"from_bits_{array.dtype.name}", codes, dtype=compute)
+            return self._lanewise(e, at, compute, out, raw=raw)
         coords, inside = self._coordinates(e, array, at, out)
         index = tuple(array.axis_index(i, coords, self.memory.extents) for i in range(len(array.axes)))
-        v = array.element(index) if index else Value(f"{array.name}[()]", array.memory_type)
-        if array.memory_type not in (compute, "bool"):
+        v = array.element(index)
+        if raw or (narrow and array.dtype.bits < 16):
+            v = self.helper(f"load_{compute if raw else array.dtype.name}", Value(f"T.address_of({v.text})", "handle"), dtype=compute)
+        elif array.memory_type not in (compute, "bool"):
             v = Value(_converted(v.text, array.memory_type, compute), compute)
         if inside is None or e.fill is None:
             return v
@@ -380,21 +407,20 @@ class Evaluator(Arithmetic):
                 v = self.value(e, at, out)
                 return Value(f'T.Cast("int64", {v.text})', "int64", v.lanes) if v.dtype != "int64" else v
 
-    def _vector_read(self, e: Read, array: Array, at: Point, out: list[Statement]) -> Value:
+    def _vector_read(self, e: Read, array: Array, at: Point, out: list[Statement], compute: str) -> Value:
         """Adjacent elements at once; where the lane's tail may stick out of the tensor it is masked."""
         lane = str(at.lane)
         plain = replace(at, exact=at.exact | {lane})  # the lane itself is masked, not clamped
         coords = (*self._coordinates(e, array, at, out)[0][:-1], self._coordinates(e, array, plain, out)[0][-1])
         index = tuple(array.axis_index(i, coords, self.memory.extents) for i in range(len(array.axes)))
         limit = ts.narrow(ts.sub(array.shape[-1], index[-1])) if self.ragged(lane, at) else None
-        return self.load(array, index, at.lanes, limit)
+        return self._load(array, index, at.lanes, limit, compute)
 
-    def load(self, array: Array, index: tuple[Value, ...], lanes: int, limit: Value | None) -> Value:
+    def _load(self, array: Array, index: tuple[Value, ...], lanes: int, limit: Value | None, compute: str) -> Value:
         """A vector from memory; lanes at `limit` and beyond are not touched."""
-        compute = compute_type(array.dtype)
         if limit is None and array.memory_type == compute and compute != "bool":
             return array.element((*index[:-1], ts.ramp(index[-1], lanes)))
-        name = array.dtype.name if array.dtype.name in ("bf16", "f16") else array.memory_type
+        name = array.helper_type if compute == compute_type(array.dtype) else compute
         function = f"{'load' if limit is None else 'mload'}_{name}_v{lanes}"
         self.helpers.add(function)
         args = [Value(f"T.address_of({array.element(index).text})", "handle"), *([] if limit is None else [limit])]
@@ -405,41 +431,38 @@ class Evaluator(Arithmetic):
 
     def rounded(self, v: Value, dtype: DType) -> Value:
         """`v` rounded to a declared type, held in the compute type."""
-        compute = compute_type(dtype)
-        if dtype.name in ("bf16", "f16"):
-            v = self.cast(v, "float32")
-            return self.helper(f"round_{dtype.name}", v, dtype="float32")
-        if (dtype.is_float and dtype.bits < 16) or dtype.bits < 8:
-            raise UnsupportedError(f"the CPU backend does not round to {dtype}", statement=self.statement, hint="cast to bf16 or i8")
-        return self.cast(v, compute)
+        if dtype.is_float and dtype.bits < 32:
+            return self.helper(f"round_{dtype.name}", self.cast(v, "float32"), dtype="float32")
+        if dtype == i4:
+            return self.helper("wrap_nibble", self.cast(v, "int8"), dtype="int8")
+        return self.cast(v, compute_type(dtype))
 
     def _bits(self, x: Expr, dtype: DType, at: Point, out: list[Statement]) -> Value:
+        """The bits of `x` as another type: of a tensor's element those in memory, of a computed narrow float those of its code."""
         source = self.type_of(x)
-        v = self.value(x, at, out)
-        if source.name == "bf16" and dtype.bits == 16:
-            bits = self._reinterpret(self.rounded(v, source), "int32")
-            shifted = Value(f"T.shift_right({bits.text}, {ts.broadcast(ts.integer(16), v.lanes).text})", "int32", v.lanes)
-            return self._reinterpreted(self.cast(shifted, "int16"), dtype)
-        if source.name == "f16" and dtype.bits == 16:
-            return self._reinterpreted(self.helper("bits_f16", v, dtype="int16"), dtype)
-        if dtype.name in ("bf16", "f16"):
-            return self._reinterpreted(self.cast(v, "int16"), dtype)
         if source.bits != dtype.bits:
-            raise UnsupportedError(f"a bitcast from {source} to {dtype} changes the size", statement=self.statement)
+            if not (source == i64 and dtype.bits == 32):  # a literal
+                raise UnsupportedError(f"a bitcast from {source} to {dtype} changes the size", statement=self.statement)
+            source = i32
+        self.four_bits |= dtype == i4
+        if isinstance(x, Read) and x.fill is None and source.is_float and source.bits in (8, 16) and not dtype.is_float:
+            return self._reinterpret(self._read(x, at, out, raw=True), compute_type(dtype))
+        v = self.value(x, at, out)
+        code = "nibble" if source.bits == 4 else source.name
+        if source.is_float and source.bits < 32:
+            v = self.helper(f"bits_{code}", self.cast(v, "float32"), dtype=CODE_TYPES[source.bits])
+        else:
+            v = self.cast(v, compute_type(source))
+        if dtype.is_float and dtype.bits < 32:
+            bits = self._reinterpret(v, CODE_TYPES[dtype.bits])
+            return self.helper(f"from_bits_{'nibble' if dtype.bits == 4 else dtype.name}", bits, dtype="float32")
         return self._reinterpret(v, compute_type(dtype))
-
-    def _reinterpreted(self, bits: Value, dtype: DType) -> Value:
-        if dtype.name == "bf16":
-            wide = self.cast(bits, "int32")
-            shifted = Value(f"T.shift_left({wide.text}, {ts.broadcast(ts.integer(16), wide.lanes).text})", "int32", wide.lanes)
-            return self._reinterpret(shifted, "float32")
-        if dtype.name == "f16":
-            return self.helper("from_bits_f16", bits, dtype="float32")
-        return self._reinterpret(bits, compute_type(dtype))
 
     def _reinterpret(self, v: Value, dtype: str) -> Value:
         if v.dtype == dtype:
             return v
+        if "bool" in (v.dtype, dtype):
+            return self.cast(v, dtype)
         return Value(f'T.reinterpret("{Value("", dtype, v.lanes).type_name}", {v.text})', dtype, v.lanes)
 
     def type_of(self, e: Expr) -> DType:

@@ -15,7 +15,8 @@ from .script import Let, Names, Value
 
 MEMORY_TYPES = {
     "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "i16": "int16",
-    "i8": "int8", "u8": "uint8", "bool": "bool",
+    "i8": "int8", "u8": "uint8", "bool": "bool", "i4": "int8", "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
+    "e8m0": "float8_e8m0fnu", "f4e2m1": "float8_e4m3fn",
 }  # fmt: skip
 
 
@@ -35,6 +36,11 @@ class Array:
     def memory_type(self) -> str:
         return MEMORY_TYPES[self.dtype.name]
 
+    @property
+    def helper_type(self) -> str:
+        """The type as the names of helpers that move it spell it: of narrow floats their own, for they are converted on the way."""
+        return self.dtype.name if self.dtype.is_float and self.dtype.bits < 32 else self.memory_type
+
     def axis_index(self, axis: int, coords: tuple[Value, ...], extents: dict[str, Value]) -> Value:
         """The index along a memory axis from the coordinates of the ranks composed in it."""
         first = sum(len(a) for a in self.axes[:axis])
@@ -45,7 +51,7 @@ class Array:
 
     def element(self, index: tuple[Value, ...]) -> Value:
         """The element at one index a memory axis."""
-        text = ", ".join(i.text for i in index) if index else "0"
+        text = ", ".join(i.text for i in index) if index else "()"
         return Value(f"{self.name}[{text}]", self.memory_type, index[-1].lanes if index else 1)
 
 
@@ -84,10 +90,6 @@ class Memory:
         return Value(symbol, "int64")
 
     def _array(self, tensor: Tensor, unit: bool) -> Array:
-        if tensor.dtype.name not in MEMORY_TYPES:
-            raise UnsupportedError(
-                f"the CPU backend reads no {tensor.dtype} tensors", statement=tensor.name, hint="pass the bytes as u8 and unpack them"
-            )
         own = self._names.fresh(tensor.name if tensor.name not in ("T", "LL") else f"{tensor.name}_")
         shape = []
         for position, axis in enumerate(tensor.axes):

@@ -138,7 +138,7 @@ def _worth_copying(packer: _Packer, dot: Dot, e: Expr, lane: str | None) -> bool
         across = lane in ranks and not (
             e.tensor not in packer.strided and is_adjacent(e.coords, str(lane), packer.tiles) and e.fill is None
         )
-        converted = packer.types[e.tensor].name in ("bf16", "f16") and uses >= REUSE
+        converted = packer.types[e.tensor].name not in ("f32", "f64") and uses >= REUSE
         return across or converted
     computed = any(isinstance(n, Op) for n in walk(e)) or isinstance(e, Cast)
     return computed and uses >= 2

@@ -46,9 +46,7 @@ def identity(op: str, dtype: str) -> Value:
     if op in ("max", "min", "argmax", "argmin"):
         if dtype in ts.FLOATS:
             return ts.constant(float("-inf") if largest else float("inf"), dtype)
-        bits = int(dtype.lstrip("uint") or 8)
-        low, high = (0, (1 << bits) - 1) if dtype.startswith("u") else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-        bound = low if largest else high
+        bound = ts.limits(dtype)[0 if largest else 1]
         return Value(f"T.{dtype}({bound})", dtype, number=bound)
     neutral = REDUCTIONS[op]
     assert neutral is not None

@@ -19,7 +19,10 @@ FLOATS = ("float32", "float64")
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """An expression. `number` is its value where constant; a `weak` one takes the type of what it meets; `binding` as in Python."""
+    """An expression. `number` is its value where constant; a `weak` one takes the type of what it meets; `binding` as in Python.
+
+    `data` marks what comes from memory: integers among it may wrap around, which indices never do.
+    """
 
     text: str
     dtype: str
@@ -27,6 +30,7 @@ class Value:
     number: float | int | bool | None = None
     weak: bool = False
     binding: int = ATOM
+    data: bool = False
 
     @property
     def type_name(self) -> str:
@@ -43,6 +47,18 @@ def constant(number: float | int | bool, dtype: str, weak: bool = False) -> Valu
         return Value(f"T.{dtype}({text})", dtype, number=number, weak=weak)
     number = int(number)
     return Value(str(number) if dtype == "int32" else f"T.{dtype}({number})", dtype, number=number, weak=weak)
+
+
+def limits(dtype: str) -> tuple[int, int]:
+    """The least and the greatest number of an integer type."""
+    bits = int(dtype.lstrip("uint"))
+    return (0, (1 << bits) - 1) if dtype.startswith("u") else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+
+
+def wrapped_number(number: int, dtype: str) -> int:
+    """`number` as an integer type holds it."""
+    low, high = limits(dtype)
+    return (number - low) % (high - low + 1) + low
 
 
 def integer(number: int) -> Value:

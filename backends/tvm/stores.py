@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...ir.errors import UnsupportedError
+from ...ir.expr import Bitcast, Cast
 from ...ir.infer import expression_ranks
 from ...ir.tile import Map, Store
+from ...ir.types import DType, i4
 from . import script as ts
 from .arithmetic import compute_type
-from .evaluate import Point
+from .evaluate import CODE_TYPES, Point
 from .kernel import Kernel
 from .script import Alloc, Evaluate, For, If, Set, Statement, Value
 
@@ -65,8 +67,9 @@ def emit_store(kernel: Kernel, row: Store, at: Point, out: list[Statement]) -> N
     guard = evaluator.all_of(tests)
     lane = at.lane if at.lanes > 1 and at.lane in ranks else None
     if lane is None:
-        v = evaluator.value(row.expr, replace(at, lanes=1, lane=None), body)
-        body.append(_store_scalar(kernel, row, replace(at, lanes=1, lane=None), v, body))
+        one = replace(at, lanes=1, lane=None)
+        name, v = _stored(kernel, row, one, body)
+        body.append(_store_scalar(kernel, row, one, name, v, body))
     else:
         moving = any(lane in expression_ranks(c, kernel.ranks) for c in row.coords[:-1])
         if array.unit and not moving and row.coords and evaluator.stride(row.coords[-1], at) == 1:
@@ -88,23 +91,36 @@ def _inside(kernel: Kernel, rank: str, at: Point) -> Value:
     return test
 
 
-def _output(kernel: Kernel, row: Store, v: Value) -> tuple[str, Value]:
-    """The stored type's name among the helpers, and the value in its compute type."""
-    array = kernel.memory.arrays[row.tensor]
-    compute = compute_type(array.dtype)
-    v = kernel.evaluator.cast(v, compute)
-    return (array.dtype.name if array.dtype.name in ("bf16", "f16") else array.memory_type), v
+def _stored(kernel: Kernel, row: Store, at: Point, out: list[Statement]) -> tuple[str, Value]:
+    """The stored type's name among the helpers, and the value in its compute type.
 
-
-def _store_scalar(kernel: Kernel, row: Store, at: Point, v: Value, out: list[Statement]) -> Statement:
+    A cast to the stored type is left to the store, and so are bits read as the stored type: they are stored as they are.
+    """
     evaluator = kernel.evaluator
     array = kernel.memory.arrays[row.tensor]
-    _, v = _output(kernel, row, v)
+    t, e = array.dtype, row.expr
+    if t.is_float and t.bits in (8, 16) and isinstance(e, Bitcast) and e.dtype == t and not evaluator.type_of(e.x).is_float:
+        code = CODE_TYPES[t.bits]
+        return code, evaluator.cast(evaluator.value(e.x, at, out), code)
+    if isinstance(e, Cast) and e.dtype == t and t.is_float and t.bits < 32:
+        e = e.x
+    return array.helper_type, _narrowed(kernel, t, evaluator.value(e, at, out))
+
+
+def _narrowed(kernel: Kernel, t: DType, v: Value) -> Value:
+    """A value as the store of a type takes it."""
+    return kernel.evaluator.rounded(v, t) if t == i4 else kernel.evaluator.cast(v, compute_type(t))
+
+
+def _store_scalar(kernel: Kernel, row: Store, at: Point, name: str, v: Value, out: list[Statement]) -> Statement:
+    evaluator = kernel.evaluator
+    array = kernel.memory.arrays[row.tensor]
     coords = tuple(evaluator.coordinate(c, at, out) for c in row.coords)
     index = tuple(array.axis_index(i, coords, kernel.memory.extents) for i in range(len(array.axes)))
-    target = array.element(index) if index else Value(f"{array.name}[()]", array.memory_type)
-    if array.memory_type != v.dtype:
-        v = Value(f'T.Cast("{array.memory_type}", {v.text})', array.memory_type)
+    target = array.element(index)
+    if array.dtype.is_float and array.dtype.bits < 32:
+        evaluator.helpers.add(f"store_{name}_s")
+        return Evaluate(ts.extern(f"store_{name}_s", Value(f"T.address_of({target.text})", "handle"), v, dtype="int32"))
     return Set(target, v)
 
 
@@ -113,8 +129,7 @@ def _store_vector(kernel: Kernel, row: Store, at: Point, out: list[Statement]) -
     evaluator = kernel.evaluator
     array = kernel.memory.arrays[row.tensor]
     lane = str(at.lane)
-    v = evaluator.value(row.expr, at, out)
-    name, v = _output(kernel, row, v)
+    name, v = _stored(kernel, row, at, out)
     v = ts.broadcast(v, at.lanes)
     coords = tuple(evaluator.coordinate(c, at, out) for c in row.coords)
     index = tuple(array.axis_index(i, coords, kernel.memory.extents) for i in range(len(array.axes)))
@@ -138,8 +153,9 @@ def _store_lanes(kernel: Kernel, row: Store, at: Point, out: list[Statement]) ->
     """Lane by lane, where the lanes are not adjacent in memory."""
     evaluator = kernel.evaluator
     lane = str(at.lane)
-    v = evaluator.value(row.expr, at, out)
-    stored = "int8" if v.dtype == "bool" else v.dtype
+    name, v = _stored(kernel, row, at, out)
+    was_bool = v.dtype == "bool"
+    stored = "int8" if was_bool else v.dtype
     v = ts.broadcast(evaluator.cast(v, stored), at.lanes)
     spill, var = kernel.names.fresh("g"), kernel.names.fresh("l")
     out.append(Alloc(spill, (at.lanes,), stored))
@@ -147,7 +163,7 @@ def _store_lanes(kernel: Kernel, row: Store, at: Point, out: list[Statement]) ->
     one = evaluator.at_lane(at, var, row.coords, out)
     body: list[Statement] = []
     element = Value(f"{spill}[{var}]", stored)
-    body.append(_store_scalar(kernel, row, one, evaluator.cast(element, "bool") if v.dtype != stored else element, body))
+    body.append(_store_scalar(kernel, row, one, name, evaluator.cast(element, "bool") if was_bool else element, body))
     if evaluator.ragged(lane, at):
         body = [If(_inside(kernel, lane, one), body)]
     out.append(For(var, ts.integer(0), ts.integer(at.lanes), "range", body))

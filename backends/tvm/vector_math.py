@@ -11,7 +11,10 @@ import math
 from functools import lru_cache
 
 from .cpu import Cpu
-from .llvm_ir import LLVM_TYPES, Ir
+from .llvm_ir import LLVM_TYPES, MANGLED, Ir
+from .vector_integers import INTEGER, cast_ir, count_ir, integer_ir, wrap_nibble_ir
+from .vector_memory import load_ir, load_pair_ir, store_ir
+from .vector_narrow import convert_ir, nibble_ir
 from .vector_scans import prefix_ir
 
 LIBM = {"erf": "erff", "log1p": "log1pf", "pow": "powf", "fmod": "fmodf", "sin": "sinf", "cos": "cosf"}
@@ -125,65 +128,30 @@ def _sigmoid(cpu: Cpu, n: int) -> str:
     return ir.finish(f, ir.op(f"fdiv {f} {ir.real(1.0)}, {ir.op(f'fadd {f} {power}, {ir.real(1.0)}')}"))
 
 
-def _round_bf16(cpu: Cpu, n: int) -> str:
-    """f32 rounded to the nearest bf16, ties to even; a NaN stays one."""
-    ir = Ir(f"<{n} x float> @round_bf16_v{n}(<{n} x float> %x)", n)
-    f, i = ir.f, ir.i
-    bits = ir.op(f"bitcast {f} %x to {i}")
-    odd = ir.op(f"and {i} {ir.op(f'lshr {i} {bits}, {ir.whole(16)}')}, {ir.whole(1)}")
-    carried = ir.op(f"add {i} {ir.op(f'add {i} {bits}, {ir.whole(0x7FFF)}')}, {odd}")
-    rounded = ir.op(f"bitcast {i} {ir.op(f'and {i} {carried}, {ir.whole(-65536)}')} to {f}")
-    return ir.finish(f, ir.select(ir.op(f"fcmp uno {f} %x, %x"), "%x", rounded))
-
-
-def _round_f16(cpu: Cpu, n: int) -> str:
-    ir = Ir(f"<{n} x float> @round_f16_v{n}(<{n} x float> %x)", n)
-    half = ir.op(f"fptrunc {ir.f} %x to <{n} x half>")
-    return ir.finish(ir.f, ir.op(f"fpext <{n} x half> {half} to {ir.f}"))
-
-
-def _bits_f16(cpu: Cpu, n: int) -> str:
-    ir = Ir(f"<{n} x i16> @bits_f16_v{n}(<{n} x float> %x)", n)
-    half = ir.op(f"fptrunc {ir.f} %x to <{n} x half>")
-    return ir.finish(f"<{n} x i16>", ir.op(f"bitcast <{n} x half> {half} to <{n} x i16>"))
-
-
-def _from_bits_f16(cpu: Cpu, n: int) -> str:
-    ir = Ir(f"<{n} x float> @from_bits_f16_v{n}(<{n} x i16> %x)", n)
-    half = ir.op(f"bitcast <{n} x i16> %x to <{n} x half>")
-    return ir.finish(ir.f, ir.op(f"fpext <{n} x half> {half} to {ir.f}"))
-
-
-def _test(cpu: Cpu, n: int, operation: str) -> str:
+def _test(operation: str, n: int) -> str:
     """isnan, isinf, isfinite on the bits, where no optimizer assumes anything of floats. The result is 0 or 1."""
-    ir = Ir(f"<{n} x i32> @{operation}_v{n}(<{n} x float> %x)", n)
-    magnitude = ir.op(f"and {ir.i} {ir.op(f'bitcast {ir.f} %x to {ir.i}')}, {ir.whole(0x7FFFFFFF)}")
-    compare = {"isnan": "sgt", "isinf": "eq", "isfinite": "slt"}[operation]
-    truth = ir.op(f"icmp {compare} {ir.i} {magnitude}, {ir.whole(0x7F800000)}")
-    return ir.finish(ir.i, ir.op(f"zext <{n} x i1> {truth} to {ir.i}"))
+    double = operation.endswith("64")
+    element, whole, special = ("double", "i64", 0x7FF0 << 48) if double else ("float", "i32", 0x7F800000)
+    ir = Ir.define(operation, n, "i32", element)
+    kind = ir.kind(whole)
+    magnitude = ir.op(f"and {kind} {ir.cast('bitcast', '%x', element, whole)}, {ir.constant(whole, (1 << (63 if double else 31)) - 1)}")
+    compare = {"isnan": "sgt", "isinf": "eq", "isfinite": "slt"}[operation.removesuffix("64")]
+    truth = ir.op(f"icmp {compare} {kind} {magnitude}, {ir.constant(whole, special)}")
+    return ir.finish(ir.i, ir.cast("zext", truth, "i1", "i32"))
 
 
-def _differ(n: int) -> str:
+def _differ(operation: str, n: int) -> str:
     """Whether two floats differ; a NaN differs from everything. The result is 0 or 1."""
-    ir = Ir(f"<{n} x i32> @differ_v{n}(<{n} x float> %x, <{n} x float> %y)", n)
-    return ir.finish(ir.i, ir.op(f"zext <{n} x i1> {ir.op(f'fcmp une {ir.f} %x, %y')} to {ir.i}"))
+    element = "double" if operation.endswith("64") else "float"
+    ir = Ir.define(operation, n, "i32", element, element)
+    return ir.finish(ir.i, ir.cast("zext", ir.op(f"fcmp une {ir.kind(element)} %x, %y"), "i1", "i32"))
 
 
-def _from_integer(n: int) -> str:
-    """i32 to f32."""
-    ir = Ir(f"<{n} x float> @float_int32_v{n}(<{n} x i32> %x)" if n > 1 else "float @float_int32_s(i32 %x)", n)
-    source, result = (ir.i, ir.f) if n > 1 else ("i32", "float")
-    return ir.finish(result, ir.op(f"sitofp {source} %x to {result}"))
-
-
-def _count_bits(operation: str, t: str, n: int) -> str:
-    """popcount and clz of integers."""
+def _plain(operation: str, t: str, n: int) -> str:
+    """A sum, difference or product of floats that nobody simplifies."""
     element = LLVM_TYPES[t]
-    kind, suffix, mangled = (f"<{n} x {element}>", f"v{n}", f"v{n}{element}") if n > 1 else (element, "s", element)
-    ir = Ir(f"{kind} @{operation}_{t}_{suffix}({kind} %x)", n)
-    if operation == "popcount":
-        return ir.finish(kind, ir.call(kind, f"llvm.ctpop.{mangled}", (kind, "%x")))
-    return ir.finish(kind, ir.call(kind, f"llvm.ctlz.{mangled}", (kind, "%x"), ("i1", "false")))
+    ir = Ir.define(f"{operation}_{t}", n, element, element, element)
+    return ir.finish(ir.kind(element), ir.op(f"{operation} {ir.kind(element)} %x, %y"))
 
 
 def _libm(function: str, n: int) -> str:
@@ -201,102 +169,12 @@ def _libm(function: str, n: int) -> str:
 
 def _scalar(function: str, n: int, result: str = "float") -> str:
     """The one-element form of a vector helper."""
-    arity = 2 if function in ("pow", "fmod", "differ", "pack_bf16") else 1
+    arity = 2 if function in ("pow", "fmod", "pack_bf16") else 1
     operands = ("%x", "%y")[:arity]
     ir = Ir(f"{result} @{function}_s({', '.join(f'float {x}' for x in operands)})", n)
     vectors = [(ir.f, ir.op(f"insertelement {ir.f} zeroinitializer, float {x}, i32 0")) for x in operands]
     value = ir.op(f"call <{n} x {result}> @{function}_v{n}({', '.join(f'{t} {v}' for t, v in vectors)})")
     return ir.finish(result, ir.op(f"extractelement <{n} x {result}> {value}, i32 0"))
-
-
-def _mask(ir: Ir, count: str = "%n") -> str:
-    """Lanes below `count`."""
-    first = ir.op(f"insertelement {ir.i} poison, i32 {count}, i32 0")
-    splat = ir.op(f"shufflevector {ir.i} {first}, {ir.i} poison, {ir.i} zeroinitializer")
-    return ir.op(f"icmp sgt {ir.i} {splat}, <{', '.join(f'i32 {k}' for k in range(ir.lanes))}>")
-
-
-def _hidden(ir: Ir) -> str:
-    """The count %n, made unknown to the optimizer."""
-    slot = ir.op("alloca i32")
-    ir.lines.append(f"  store volatile i32 %n, ptr {slot}")
-    return ir.op(f"load volatile i32, ptr {slot}")
-
-
-def _element(t: str) -> str:
-    return "bfloat" if t == "bf16" else "half" if t == "f16" else LLVM_TYPES[t]
-
-
-def _mangled(t: str) -> str:
-    return {"float": "f32", "double": "f64", "i8": "i8", "i16": "i16", "i32": "i32", "i64": "i64"}[t]
-
-
-def _stored(t: str) -> str:
-    """The type moved through memory: 16-bit floats go as integers."""
-    return "i16" if t in ("bf16", "f16") else LLVM_TYPES[t]
-
-
-def _size(t: str) -> int:
-    return {"float": 4, "double": 8, "i8": 1, "i16": 2, "i32": 4, "i64": 8}[_stored(t)]
-
-
-def _widen(ir: Ir, t: str, value: str) -> str:
-    """16-bit floats as read from memory to f32, exactly."""
-    n = ir.lanes
-    if t == "bf16":
-        shifted = ir.op(f"shl {ir.i} {ir.op(f'zext <{n} x i16> {value} to {ir.i}')}, {ir.whole(16)}")
-        return ir.op(f"bitcast {ir.i} {shifted} to {ir.f}")
-    return ir.op(f"fpext <{n} x half> {ir.op(f'bitcast <{n} x i16> {value} to <{n} x half>')} to {ir.f}")
-
-
-def _load(t: str, n: int, masked: bool) -> str:
-    """A vector from memory that need not be aligned; lanes from `n` on are 0. 16-bit floats come as f32."""
-    stored = _stored(t)
-    result = f"<{n} x float>" if t in ("bf16", "f16") else f"<{n} x {stored}>"
-    ir = Ir(f"{result} @{'mload' if masked else 'load'}_{t}_v{n}(ptr %p{', i32 %n' if masked else ''})", n)
-    if masked:
-        vector = f"<{n} x {stored}>"
-        value = ir.call(
-            vector,
-            f"llvm.masked.load.v{n}{_mangled(stored)}.p0",
-            ("ptr", f"align {_size(t)} %p"),
-            (f"<{n} x i1>", _mask(ir)),
-            (vector, "zeroinitializer"),
-        )
-    else:
-        value = ir.op(f"load <{n} x {stored}>, ptr %p, align {_size(t)}, !invariant.load !0")
-    if t in ("bf16", "f16"):
-        value = _widen(ir, t, value)
-    return ir.finish(result, value)
-
-
-def _narrowed(ir: Ir, cpu: Cpu, t: str) -> str:
-    """%v of f32 as the 16 bits of a narrow float."""
-    n = ir.lanes
-    if t == "f16":
-        return ir.op(f"bitcast <{n} x half> {ir.op(f'fptrunc {ir.f} %v to <{n} x half>')} to <{n} x i16>")
-    rounded = ir.op(f"call {ir.f} @round_bf16_v{n}({ir.f} %v)")
-    bits = ir.op(f"lshr {ir.i} {ir.op(f'bitcast {ir.f} {rounded} to {ir.i}')}, {ir.whole(16)}")
-    return ir.op(f"trunc {ir.i} {bits} to <{n} x i16>")
-
-
-def _store(cpu: Cpu, t: str, n: int, masked: bool) -> str:
-    """A vector to memory that need not be aligned; lanes from `n` on are left alone. f32 is rounded to a 16-bit float."""
-    stored = _stored(t)
-    given = f"<{n} x float>" if t in ("bf16", "f16") else f"<{n} x {stored}>"
-    ir = Ir(f"i32 @{'mstore' if masked else 'store'}_{t}_v{n}(ptr %p, {given} %v{', i32 %n' if masked else ''})", n)
-    value = _narrowed(ir, cpu, t) if t in ("bf16", "f16") else "%v"
-    vector = f"<{n} x {stored}>"
-    if masked:
-        # LLVM 22 makes a masked store of one lane of 8 or 16 bits, if the mask is known, a store of 32 bits: the count is hidden from it
-        mask = _mask(ir) if _size(t) >= 4 else _mask(ir, _hidden(ir))
-        ir.declared[f"declare void @llvm.masked.store.v{n}{_mangled(stored)}.p0({vector}, ptr, <{n} x i1>)"] = None
-        ir.lines.append(
-            f"  call void @llvm.masked.store.v{n}{_mangled(stored)}.p0({vector} {value}, ptr align {_size(t)} %p, <{n} x i1> {mask})"
-        )
-    else:
-        ir.lines.append(f"  store {vector} {value}, ptr %p, align {_size(t)}")
-    return ir.finish("i32", "0")
 
 
 def _horizontal(operation: str, t: str, n: int) -> str:
@@ -307,12 +185,12 @@ def _horizontal(operation: str, t: str, n: int) -> str:
     ir = Ir(f"{element} @h{operation}_{t}_v{n}({vector} %x)", n)
     verb = {"sum": "add", "prod": "mul", "max": "max", "min": "min"}[operation]
     if floating and operation in ("sum", "prod"):
-        function = f"llvm.vector.reduce.f{verb}.v{n}{_mangled(element)}"
+        function = f"llvm.vector.reduce.f{verb}.v{n}{MANGLED.get(element, element)}"
         ir.declared[f"declare {element} @{function}({element}, {vector})"] = None
         start = {"sum": "-0.0", "prod": "1.0"}[operation]
         return ir.finish(element, ir.op(f"call reassoc {element} @{function}({element} {start}, {vector} %x)"))
     sign = "f" if floating else "" if operation in ("sum", "prod") else "u" if t == "uint8" else "s"
-    return ir.finish(element, ir.call(element, f"llvm.vector.reduce.{sign}{verb}.v{n}{_mangled(element)}", (vector, "%x")))
+    return ir.finish(element, ir.call(element, f"llvm.vector.reduce.{sign}{verb}.v{n}{MANGLED.get(element, element)}", (vector, "%x")))
 
 
 def _sum_of_four(n: int) -> str:
@@ -360,43 +238,27 @@ def _pack_bf16(n: int) -> str:
     return ir.finish(ir.i, ir.op(f"bitcast {wide} {mixed} to {ir.i}"))
 
 
-def _load_pair() -> str:
-    ir = Ir("i32 @load_pair(ptr %p)", 1)
-    return ir.finish("i32", ir.op("load i32, ptr %p, align 2, !invariant.load !0"))
-
-
-NEEDS = {"sigmoid": ("exp",), "tanh": ("exp",), "store_bf16": ("round_bf16",), "mstore_bf16": ("round_bf16",)}
-SIMPLE = {
-    "exp2": _exp2, "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid, "round_bf16": _round_bf16, "round_f16": _round_f16,
-    "bits_f16": _bits_f16, "from_bits_f16": _from_bits_f16,
-}  # fmt: skip
+NEEDS = {"sigmoid": ("exp",), "tanh": ("exp",)}
+SIMPLE = {"exp2": _exp2, "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid}
+TESTS = ("isnan", "isinf", "isfinite")
 
 
 @lru_cache(maxsize=512)
 def helper_ir(cpu: Cpu, function: str) -> str:
     """The IR that defines `function`, such as `exp2_v16`, `mload_bf16_v16`, `hsum_float32_v16` or the scalar `exp2_s`."""
-    stem, _, suffix = function.rpartition("_")
-    operation, _, t = stem.partition("_")
-    if stem == "float_int32":
-        return _from_integer(1 if suffix == "s" else int(suffix[1:]))
-    if operation in ("popcount", "clz"):
-        return _count_bits(operation, t, 1 if suffix == "s" else int(suffix[1:]))
-    if suffix == "s":
-        result = {"isnan": "i32", "isinf": "i32", "isfinite": "i32", "differ": "i32", "pack_bf16": "i32", "bits_f16": "i16"}.get(
-            stem, "float"
-        )
-        return _scalar(stem, cpu.lanes, result)
     if function == "load_pair":
-        return _load_pair()
-    n = int(suffix[1:])
+        return load_pair_ir()
+    stem, _, end = function.rpartition("_")
+    n = 1 if end == "s" else int(end[1:])
+    of_any_width = _of_any_width(stem, n)
+    if of_any_width is not None:
+        return of_any_width
+    if end == "s":
+        return _scalar(stem, cpu.lanes, "i32" if stem == "pack_bf16" else "float")
     if stem in SIMPLE:
         return SIMPLE[stem](cpu, n)
     if stem in LIBM:
         return _libm(stem, n)
-    if stem in ("isnan", "isinf", "isfinite"):
-        return _test(cpu, n, stem)
-    if stem == "differ":
-        return _differ(n)
     if stem in ("log", "log2"):
         return _log(cpu, n, stem == "log2")
     if stem in ("dot_bf16", "pack_bf16"):
@@ -407,11 +269,35 @@ def helper_ir(cpu: Cpu, function: str) -> str:
     for lanewise in ("prefix", "last", "shift"):
         if verb.startswith(lanewise):
             return prefix_ir(lanewise, verb.removeprefix(lanewise), t, n)
-    if verb in ("load", "mload"):
-        return _load(t, n, verb == "mload")
-    if verb in ("store", "mstore"):
-        return _store(cpu, t, n, verb == "mstore")
     return _horizontal(verb[1:], t, n)
+
+
+def _of_any_width(stem: str, n: int) -> str | None:
+    """The helpers whose scalar form is no lane of a vector: memory, conversions, integers."""
+    verb, _, t = stem.partition("_")
+    match verb:
+        case "load" | "mload":
+            return load_ir(t, n, verb == "mload")
+        case "store" | "mstore":
+            return store_ir(t, n, verb == "mstore")
+        case "cast":
+            source, _, target = t.partition("_")
+            return cast_ir(source, target, n)
+        case "popcount" | "clz":
+            return count_ir(verb, t, n)
+        case "wrap":
+            return wrap_nibble_ir(n)
+        case "round" | "bits" | "from":
+            name = t.removeprefix("bits_")
+            return nibble_ir(verb, n) if name == "nibble" else convert_ir("from_bits" if verb == "from" else verb, name, n)
+        case "differ" | "differ64":
+            return _differ(verb, n)
+        case "fadd" | "fsub" | "fmul":
+            return _plain(verb, t, n)
+        case _ if verb.removesuffix("64") in TESTS:
+            return _test(verb, n)
+        case _:
+            return integer_ir(verb, t, n) if verb in INTEGER else None
 
 
 def helpers_ir(cpu: Cpu, functions: tuple[str, ...]) -> str:
@@ -419,11 +305,11 @@ def helpers_ir(cpu: Cpu, functions: tuple[str, ...]) -> str:
     wanted: dict[str, None] = {}
 
     def want(function: str) -> None:
-        stem, _, suffix = function.rpartition("_")
-        if suffix == "s" and not stem.startswith(("popcount", "clz", "float_")):
+        stem, _, end = function.rpartition("_")
+        if end == "s" and _of_any_width(stem, 1) is None:
             want(f"{stem}_v{cpu.lanes}")
         for other in NEEDS.get(stem, ()):
-            want(f"{other}_{suffix}")
+            want(f"{other}_{end}")
         wanted[function] = None
 
     for function in sorted(functions):

@@ -8,7 +8,8 @@ import programs as p
 import pytest
 import torch
 from einfall.ir.errors import UnsupportedError
-from einfall.ir.expr import OPS, Bitcast, Cast, Const, Op, aligned
+from einfall.ir.expr import OPS, Bitcast, Cast, Const, Masked, Op, Tile, aligned
+from einfall.ir.tile import GridRank, LoopState, Reduce, Store, TileProgram
 from einfall.ir.types import bf16, boolean, f16, f32, f64, i8, i16, i32, i64, u8
 from kernels import run
 
@@ -157,14 +158,84 @@ def test_double_precision():
 def test_what_the_cpu_cannot_do_is_refused_by_name():
     with pytest.raises(UnsupportedError, match="erf"):
         apply(Op("erf", (A,)), {"A": torch.zeros(3, dtype=torch.float64)}, f64)
-    from einfall.ir.types import f8e4m3
-    from kernels import source_of
-
-    program = p.elementwise(A, (p.tensor("A", "i j", f8e4m3),), f32)
-    with pytest.raises(UnsupportedError, match="statement A"):
-        source_of(program)
 
 
 def test_every_operation_is_covered():
     tested = {*FLOAT, *TESTS, *PAIRS, *COMPARE, *INTEGER, "shl", "shr", "not", "popcount", "clz", "where"}
     assert tested == set(OPS)
+
+
+def extremes(dtype):
+    """The ends of a type, what lies around zero and powers of two, and anything."""
+    info = torch.iinfo(TORCH[dtype])
+    some = [info.min, info.min + 1, info.max, info.max - 1, 0, 1, 2, 3, 5, 7, 16, 17, 63, 64, 100]
+    some += [-x for x in some if info.min < 0 and x != info.min]
+    anything = torch.randint(info.min, info.max, (60,), generator=torch.Generator().manual_seed(5))
+    return torch.cat([torch.tensor(some), anything]).to(TORCH[dtype])
+
+
+@pytest.mark.parametrize("tile", [64, 1], ids=["vectors", "scalars"])
+@pytest.mark.parametrize("dtype", [i64, i32, i16, i8, u8], ids=str)
+def test_integers_wrap_around(dtype, tile):
+    """Every pair of extreme values, through Python's own numbers."""
+    values = extremes(dtype)
+    a, b = values.repeat_interleave(len(values)), values.repeat(len(values))
+    info = torch.iinfo(TORCH[dtype])
+    size = 1 << info.bits
+
+    def wrapped(numbers):
+        return torch.tensor([(n - info.min) % size + info.min for n in numbers]).to(TORCH[dtype])
+
+    pairs = [(int(x), int(y)) for x, y in zip(a, b, strict=True)]
+    python = {
+        "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "floordiv": lambda x, y: x // y if y else 0,
+        "mod": lambda x, y: x % y if y else 0, "shl": lambda x, y: x << y if 0 <= y < info.bits else 0,
+        "shr": lambda x, y: x >> (y if 0 <= y < info.bits else 64),
+        "minimum": min, "maximum": max, "and": lambda x, y: x & y, "or": lambda x, y: x | y, "xor": lambda x, y: x ^ y,
+    }  # fmt: skip
+    for name, function in python.items():
+        actual = apply(Op(name, (A, B)), {"A": a, "B": b}, dtype, tile=tile)
+        assert torch.equal(actual, wrapped([function(x, y) for x, y in pairs])), name
+    unsigned = [x & (size - 1) for x, _ in pairs]
+    single = {
+        "neg": [-x for x, _ in pairs], "abs": [abs(x) for x, _ in pairs], "not": [~x for x, _ in pairs],
+        "sign": [(x > 0) - (x < 0) for x, _ in pairs],
+    }  # fmt: skip
+    for name, expected in single.items():
+        assert torch.equal(apply(Op(name, (A,)), {"A": a}, dtype, tile=tile), wrapped(expected)), name
+    assert apply(Op("popcount", (A,)), {"A": a}, i32, tile=tile).tolist() == [bin(x).count("1") for x in unsigned]
+    assert apply(Op("clz", (A,)), {"A": a}, i32, tile=tile).tolist() == [info.bits - x.bit_length() for x in unsigned]
+
+
+@pytest.mark.parametrize("dtype", [i32, i8, u8], ids=str)
+def test_literals_beyond_a_type_are_compared_as_numbers(dtype):
+    x = extremes(dtype)
+    for literal in (300, -300, 1 << 40):
+        assert torch.equal(apply(Op("lt", (A, Const(literal))), {"A": x}, boolean), x.long() < literal)
+        expected = torch.maximum(x.long(), torch.tensor(literal)).to(TORCH[dtype])
+        assert torch.equal(apply(Op("maximum", (A, Const(literal))), {"A": x}, dtype), expected)
+
+
+def test_data_is_not_taken_for_indices():
+    """What TVM may assume of an index, which never overflows: x + 1 > x, and (x * 4) // 4 = x."""
+    x = extremes(i32)
+    later = Op("gt", (Op("add", (A, Const(1))), A))
+    assert torch.equal(apply(later, {"A": x}, boolean), x + 1 > x)
+    scaled = Op("floordiv", (Op("mul", (A, Const(4))), Const(4)))
+    assert torch.equal(apply(scaled, {"A": x}, i32), torch.div(x * 4, 4, rounding_mode="floor"))
+    signed = Op("lt", (Cast(Op("and", (A, Const(255))), i8), Const(0)))
+    assert torch.equal(apply(signed, {"A": x}, boolean), (x & 255).to(torch.int8) < 0)
+
+
+def test_masks_of_integers_are_their_extremes():
+    """The largest of integers under a mask of -inf, over a rank that no tile divides."""
+    x = torch.full((2, 21), -100, dtype=torch.int8)
+    for word, expected in (("max", -100), ("min", -100)):
+        masked = Masked(aligned("X", "m", "p"), Const(-math.inf if word == "max" else math.inf))
+        state = LoopState("s", ("m",), Const(-128 if word == "max" else 127), Op(f"{word}imum", (Tile("s"), Tile("t"))), i8)
+        loop = p.loop("p", 16, (state,), Reduce("t", ("m",), word, ("p",), masked, i8))
+        program = TileProgram(
+            "extreme", (p.tensor("X", "m p", i8),), (p.output("Y", "m", i8),), (), (), (GridRank("m", 2),), (),
+            (loop, Store("Y", p.idx("m"), Tile("s"))),
+        )  # fmt: skip
+        assert run(program, {"X": x})["Y"].tolist() == [expected] * 2
