@@ -199,6 +199,7 @@ class _KernelLowering:
         wanted = {r for name in self.kernel.outputs for r in table[name]} | set(self.roles.grid)
         wanted |= {self.kernel.stream} if self.kernel.stream else set()
         wanted |= {n.rank for e in _all_expressions(body) for n in walk(e) if isinstance(n, Extent)}
+        wanted |= {n.rank for d in self.cascade.ranks if d.name in wanted for n in walk(d.size) if isinstance(n, Extent)}
         given = {r for name in names for r in table[name]} | set(known) | {d.name for d in self.cascade.ranks}
         for rank in sorted(wanted - given):
             carrier = next((t.name for t in self.cascade.inputs if rank in t.ranks), None)

@@ -201,7 +201,10 @@ class StageLowering:
         if self._dtype(state) == f32:
             found = find_contraction(summand, ranks, over, v.tiles, v.size)
         if found is None:
-            part = self._reduce(state, f"{state.name}_tile", mask_sum(summand, where, self._finite()), self._dtype(state))
+            masked = mask_sum(summand, where, self._finite())
+            if where is not None and len(factors(masked)) > 1:  # a factor beside the exponential may hide a NaN where the mask is off
+                masked = Op("where", (where, masked, Const(0.0)))
+            part = self._reduce(state, f"{state.name}_tile", masked, self._dtype(state))
             self._map(new, ranks, Op("add", (previous, part)), self._dtype(state), state.name)
             return
         left, right = found.left, found.right

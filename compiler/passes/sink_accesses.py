@@ -8,17 +8,20 @@
 
 Without it a single element read from a value would keep the whole value in memory. Through a reduction the access makes a new
 reduction, and only where that has fewer ranks. Other reads, and those through scans, populates, concatenations and blocks, stay as they
-are: what they read is stored by a kernel first.
+are: what they read is stored by a kernel first. So is a map that would grow beyond `LIMIT` nodes, as a chain of gathers does.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 from ...ir.cascade import Cascade, Einsum, Statement
-from ...ir.expr import Const, Expr, Extent, Index, Op, Read, aligned, rewrite
+from ...ir.expr import Const, Expr, Extent, Index, Op, Read, aligned, rewrite, walk
 from ...ir.infer import expression_ranks
 from .graph import at_coordinates, definitions, drop_unused, fresh, map_expressions
+
+LIMIT = 256
 
 
 def sink_accesses(cascade: Cascade) -> Cascade:
@@ -26,6 +29,7 @@ def sink_accesses(cascade: Cascade) -> Cascade:
     table = definitions(cascade)
     taken = {*table, *(t.name for t in cascade.inputs)}
     made: dict[Read, str] = {}
+    sunk: dict[Read, Expr | None] = {}
     body: list[Statement] = []
     extra: list[Statement] = []
 
@@ -35,9 +39,16 @@ def sink_accesses(cascade: Cascade) -> Cascade:
         statement = table.get(node.tensor)
         if not isinstance(statement, Einsum) or node.coords == tuple(Index(r) for r in statement.ranks):
             return None
+        if node not in sunk:
+            sunk[node] = moved(node, statement)
+        return sunk[node]
+
+    def moved(node: Read, statement: Einsum) -> Expr | None:
         coordinates = dict(zip(statement.ranks, node.coords, strict=True))
         if statement.op is None:
             value: Expr | None = sink(at_coordinates(statement.expr, coordinates))
+            if value is not None and sum(1 for _ in islice(walk(value), LIMIT + 1)) > LIMIT:
+                return None
         else:
             value = reduced_at(replace(node, fill=None), statement, coordinates)
         if value is None:
