@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from cookbook.attention import hogwild, hydragen, paged_decode, xquant
+from cookbook.attention import hogwild, hydragen, paged_decode, tree_shared_prefix, xquant
 
 FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -247,3 +248,66 @@ def test_fewer_bits_lose_more_and_outliers_only_matter_to_cached_keys():
     for column in zip(*by_bits, strict=True):
         assert list(column) == sorted(column)
     assert all(outliers > 1.2 * even for _, even, outliers in by_bits)
+
+
+# trees over a shared prefix ---------------------------------------------------------------------------------------------------------
+
+ANCESTORS = step_of(tree_shared_prefix, "ancestors")
+VERIFIED = [step_of(tree_shared_prefix, "verify"), step_of(tree_shared_prefix, "merged")]
+DRAFTS = {"b": 2, "m": 9, "g": 2, "r": 2, "s": 7, "t": 5, "e": 8, "f": 8}
+
+
+def test_a_chain_is_causal_and_roots_see_themselves():
+    chain, roots = torch.arange(-1, 16)[None].int(), torch.full((1, 17), -1, dtype=torch.int32)
+    reach, depth = ANCESTORS.kernel.reference(torch.cat([chain, roots]), rounds=4)
+    assert torch.equal(reach[0], torch.ones(17, 17, dtype=torch.bool).tril())
+    assert torch.equal(reach[1], torch.eye(17, dtype=torch.bool))
+    assert depth.tolist() == [list(range(17)), [0] * 17]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_rounds_double_how_far_up_a_node_sees(rounds):
+    reach, _ = ANCESTORS.kernel.reference(torch.arange(-1, 16)[None].int(), rounds=rounds)
+    near = torch.arange(17)[:, None] - torch.arange(17)
+    assert torch.equal(reach[0], (near >= 0) & (near <= 2**rounds))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("step", VERIFIED, ids=lambda step: step.name)
+@given(seed=SEEDS)
+@FEW
+def test_trees_are_flex_attention_with_a_mask_of_ancestors(step, seed):
+    q, kp, vp, kt, vt, kn, vn, length, tree = step.tensors(seed, DRAFTS)
+    keys, values = (torch.cat([p.expand(2, *p.shape), t, n], dim=1).transpose(1, 2).double() for p, t, n in ((kp, kt, kn), (vp, vt, vn)))
+
+    def seen(b, h, m, p):
+        node = (p - 12).clamp(min=0)
+        return (p < 7) | (p >= 7) & (p < 12) & (p - 7 < length[b]) | (p >= 12) & tree[b, m, node]
+
+    mask = create_block_mask(seen, 2, None, 9, 21, device="cpu")
+    wanted = flex_attention(q.transpose(1, 2).double(), keys, values, block_mask=mask, scale=0.2, enable_gqa=True)
+    found = exactly(step, (q, kp, vp, kt, vt, kn, vn, length, tree))
+    torch.testing.assert_close(found.transpose(1, 2), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("step", VERIFIED, ids=lambda step: step.name)
+def test_a_node_gets_what_decoding_its_path_gets(step):
+    parents = (-1, 0, 0, 1, 1, 2, 3, 3, 5)
+    q, kp, vp, kt, vt, kn, vn, length, _ = step.tensors(9, DRAFTS)
+    tree, depth = ANCESTORS.kernel.reference(torch.tensor([parents, parents], dtype=torch.int32), rounds=4)
+    found = exactly(step, (q, kp, vp, kt, vt, kn, vn, length, tree))
+    chained = step_of(hydragen, "hydragen")
+    for node in range(9):
+        path = tree[0, node].nonzero()[:, 0]
+        assert len(path) == depth[0, node] + 1
+        for b in range(2):
+            own = slice(b, b + 1)
+            k, v = (torch.cat([t[own, : length[b]], n[own, path]], dim=1) for t, n in ((kt, kn), (vt, vn)))
+            before = torch.tensor([k.shape[1] - 1], dtype=torch.int32)
+            alone = exactly(chained, (q[own, node : node + 1], kp, vp, k, v, before))
+            torch.testing.assert_close(found[b, node], alone[0, 0], **CLOSE)
+
+
+def test_a_tree_of_what_is_shared_moves_each_key_once():
+    moved, _ = tree_shared_prefix.plan(tree_shared_prefix.merged, b=16, s=100, t=3, k=64)
+    assert moved == (100 + 16 * (3 + 64)) * 2 * 2 * 8 * 128
