@@ -132,7 +132,7 @@ def show(folder):
 RECIPE = Recipe(
     name="int4_h2o",
     title="Decode over int4 keys and values that also returns the H2O score of every cached token",
-    source="2306.14048 for the score; KIVI, 2402.02750, for keys by channel and values by token. No system does both at once",
+    source="2306.14048 for the score; KIVI, 2402.02750, for keys by channel and values by token",
     steps=(
         Step(
             name="groups along the channels",
