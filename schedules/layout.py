@@ -128,6 +128,8 @@ def _operand_cost(shape: Shape, e: Expr, lane: str, depth: int, layouts: Mapping
             return 0.0 if layouts[name] and layouts[name][-1] == lane else 100.0
         case Read(coords=coords) if coords and is_adjacent(coords, lane, shape.tiles):
             return 0.0
+    if reads_in_vectors(e, lane, shape.tiles):
+        return 0.5
     streamed = {n.rank for n, _ in nodes_of(shape.program.body) if isinstance(n, Loop)}
     moves = depth > 0 and any(r in streamed for r in expression_ranks(e, shape.tiles))
     return 8.0 if moves else 1.0
@@ -138,6 +140,13 @@ def is_adjacent(coords: tuple[Expr, ...], lane: str, tiles: Mapping[str, tuple[s
     if any(lane in expression_ranks(c, tiles) for c in coords[:-1]):
         return False
     return _step(coords[-1], lane, tiles) == 1
+
+
+def reads_in_vectors(e: Expr, lane: str, tiles: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether `e` is computed along `lane` from memory alone, each read of which is adjacent there or does not move."""
+    moving = [r for r in reads(e) if any(lane in expression_ranks(c, tiles) for c in r.coords)]
+    whole = all(r.fill is None and is_adjacent(r.coords, lane, tiles) for r in moving)
+    return bool(moving) and whole and not any(isinstance(n, Tile) for n in walk(e))
 
 
 def _step(e: Expr, lane: str, tiles: Mapping[str, tuple[str, ...]]) -> int | None:
@@ -294,7 +303,7 @@ def padded_sizes(program: TileProgram, schedule: Schedule, lanes: int) -> dict[s
             need(group.lane, lanes)
     for coords in _accesses(program):
         for rank in sizes:
-            if is_adjacent(coords, rank, tiles):
+            if is_adjacent(coords, rank, tiles) and 4 * sizes[rank] >= lanes:  # a vector of few elements costs more than it saves
                 need(rank, lanes)
     padded = {rank: -(-size // multiples[rank]) * multiples[rank] for rank, size in sizes.items()}
     for rank, size in padded.items():

@@ -374,12 +374,15 @@ class Evaluator(Arithmetic):
                     v = self._clamped(v, rank, tests, e.fill, low=False)
             else:
                 v = self.coordinate(c, at, out)
-                moving = any(self.ragged(r, at) for r in expression_ranks(c, self.tile_ranks))
-                gathered = any(isinstance(n, (Tile, Read)) for n in walk(c))
-                if e.fill is not None or moving or gathered:
+                if e.fill is not None or self._clamps(c, at):
                     v = self._clamped(v, rank, tests, e.fill, low=True)
             coords.append(v)
         return tuple(coords), self.all_of(tests)
+
+    def _clamps(self, c: Expr, at: Point) -> bool:
+        """Whether a computed coordinate may lie outside: it moves with a rank that leaves its extent, or comes from data."""
+        moving = any(self.ragged(r, at) for r in expression_ranks(c, self.tile_ranks))
+        return not isinstance(c, Index) and (moving or any(isinstance(n, (Tile, Read)) for n in walk(c)))
 
     def _clamped(self, v: Value, rank: str, tests: list[Value], fill: Const | None, low: bool) -> Value:
         extent = self.memory.extent(rank)
@@ -413,7 +416,7 @@ class Evaluator(Arithmetic):
         plain = replace(at, exact=at.exact | {lane})  # the lane itself is masked, not clamped
         coords = (*self._coordinates(e, array, at, out)[0][:-1], self._coordinates(e, array, plain, out)[0][-1])
         index = tuple(array.axis_index(i, coords, self.memory.extents) for i in range(len(array.axes)))
-        limit = ts.narrow(ts.sub(array.shape[-1], index[-1])) if self.ragged(lane, at) else None
+        limit = ts.narrow(ts.sub(array.shape[-1], index[-1])) if self.ragged(lane, at) or self._clamps(e.coords[-1], plain) else None
         return self._load(array, index, at.lanes, limit, compute)
 
     def _load(self, array: Array, index: tuple[Value, ...], lanes: int, limit: Value | None, compute: str) -> Value:

@@ -12,7 +12,7 @@ from ...ir.expr import Cast, Expr, Masked, Op, Read, Tile, walk
 from ...ir.infer import expression_ranks
 from ...ir.tile import Dot, Map, Reduce, TileProgram
 from ...ir.types import DType, bf16, f32, f64
-from ...schedules.layout import is_adjacent, rank_sizes
+from ...schedules.layout import is_adjacent, rank_sizes, reads_in_vectors
 from ...schedules.schedule import DotSchedule, Schedule
 from .cpu import Cpu
 from .prepare import Step, Stream, all_steps, depends_on_loop, tile_table, tiles_read, tiles_written
@@ -116,9 +116,10 @@ def _plain(packer: _Packer, dot: Dot, side: str, e: Expr, copies: list[Step]) ->
     ranks = packer.ranks(e)
     if not ranks or not _worth_copying(packer, dot, e, lane):
         return e
-    first = [r for r in ranks if r not in dot.over and r != lane]
-    last = [r for r in ranks if r in dot.over and r != lane]
-    layout = (*first, *last, *([lane] if lane is not None and lane in ranks else []))
+    along = lane if lane in ranks else _vector_rank(packer, e)
+    first = [r for r in ranks if r not in dot.over and r != along]
+    last = [r for r in ranks if r in dot.over and r != along]
+    layout = (*first, *last, *([along] if along is not None else []))
     return _copy(packer, dot, side, e, layout, f64 if dot.dtype == f64 else f32, copies)
 
 
@@ -141,7 +142,18 @@ def _worth_copying(packer: _Packer, dot: Dot, e: Expr, lane: str | None) -> bool
         converted = packer.types[e.tensor].name not in ("f32", "f64") and uses >= REUSE
         return across or converted
     computed = any(isinstance(n, Op) for n in walk(e)) or isinstance(e, Cast)
-    return computed and uses >= 2
+    if not computed:
+        return False
+    scalars = lane is not None and lane not in ranks  # element by element where it is multiplied, or in vectors before
+    return uses >= 2 or (scalars and _vector_rank(packer, e) is not None)
+
+
+def _vector_rank(packer: _Packer, e: Expr) -> str | None:
+    """The rank along which a computed operand can be computed in vectors from memory."""
+    if isinstance(e, (Read, Tile)):
+        return None
+    long = (r for r in reversed(packer.ranks(e)) if packer.sizes[r] >= packer.cpu.lanes)
+    return next((r for r in long if reads_in_vectors(e, r, packer.tiles)), None)
 
 
 def _pair_rank(packer: _Packer, dot: Dot) -> str | None:
