@@ -1,4 +1,4 @@
-"""Statements that a plan leaves to PyTorch: sorts, long scans, scatters and concatenations of tensors in memory.
+"""Statements that a plan leaves to PyTorch: sorts, selections, scatters and concatenations of tensors in memory.
 
     library_function(cascade, sizes)(*inputs, *outputs, *scalars)
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.cascade import Axis, Cascade, Concat, Populate, Scan, Scatter, Statement
+from ..ir.cascade import Axis, Cascade, Concat, Populate, Scatter, Statement
 from ..ir.errors import UnsupportedError
 from ..ir.expr import Const, Expr, Extent, Read, Scalar
 
@@ -74,8 +74,6 @@ def library_function(cascade: Cascade, sizes: Mapping[str, int]) -> Function:
 def _run(s: Statement, given: _Operands) -> dict[str, tuple[Tensor, Ranks]]:
     """What the statement defines, each with the ranks of its dimensions."""
     match s:
-        case Scan():
-            return _scan(s, given)
         case Populate():
             return _populate(s, given)
         case Scatter():
@@ -92,20 +90,6 @@ def logical_view(x: Tensor, axes: tuple[Axis, ...], sizes: Mapping[str, int]) ->
         if len(axis) > 1:
             x = x.view([*x.shape[:i], *(sizes[r] for r in axis), *x.shape[i + 1 :]])
     return x
-
-
-def _scan(s: Scan, given: _Operands) -> dict[str, tuple[Tensor, Ranks]]:
-    x = given.spread(s.expr, s.ranks)
-    d = s.ranks.index(s.over)
-    if x.is_floating_point() and x.dtype != torch.float64:
-        x = x.float()
-    if s.exclusive:
-        first = {"sum": 0, "prod": 1, "max": -torch.inf, "min": torch.inf}[s.op]
-        start = x.new_full([1 if i == d else n for i, n in enumerate(x.shape)], first)
-        x = torch.cat([start, x.narrow(d, 0, max(x.shape[d] - 1, 0))], d).narrow(d, 0, x.shape[d])
-    if s.op in ("sum", "prod"):
-        return {s.out: ((torch.cumsum if s.op == "sum" else torch.cumprod)(x, d), s.ranks)}
-    return {s.out: ((torch.cummax if s.op == "max" else torch.cummin)(x, d).values, s.ranks)}
 
 
 def _populate(s: Populate, given: _Operands) -> dict[str, tuple[Tensor, Ranks]]:

@@ -182,7 +182,7 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
     from .passes import make_plan
 
     if current().debug:
-        _trace_passes(order.cascade)
+        _trace_passes(order.cascade, order.sizes)
     plan = make_plan(order.cascade, order.sizes, repeat=frozenset() if schedule is None else schedule.repeated)
     return lower_plan(order, plan, schedule)
 
@@ -229,14 +229,13 @@ def machine_text(target: Target) -> str:
     return json.dumps([*known, toolchain()])
 
 
-def _trace_passes(cascade: Cascade) -> None:
+def _trace_passes(cascade: Cascade, sizes: Mapping[str, int]) -> None:
     """Under the debug setting: print the cascade after every pass that changes it, and check it."""
     from ..ir.check import check_cascade
-    from .passes import PIPELINE
+    from .passes import rewritten
 
     _say("cascade", cascade)
-    for rewrite, _ in PIPELINE:
-        changed = rewrite(cascade)
+    for rewrite, changed in rewritten(cascade, sizes):
         if changed != cascade:
             _say(rewrite.__name__, changed)
             check_cascade(changed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..ir.cascade import Cascade, Einsum, Statement
+from ..ir.cascade import Cascade, Einsum, Scan, Statement
 from ..ir.expr import Const, Expr, Op, Read, Tile, aligned, reads, rewrite
 from ..ir.plan import KernelPlan, Plan, Stage, Value
 
@@ -26,14 +26,14 @@ class _Kernel:
         self.kernel = kernel
         self.number = number
         self.origins = {o.name: o for stage in kernel.stages for o in stage.origins}
-        self.table: dict[str, Einsum] = {s.out: s for s in kernel.statements}
+        self.table: dict[str, Einsum | Scan] = {s.out: s for s in kernel.statements}
         self.states: list[str] = []
         for stage in kernel.stages:
             self._stage(stage)
 
-    def statements(self) -> list[Einsum]:
+    def statements(self) -> list[Einsum | Scan]:
         """Everything the stored tensors and the states need, operands first."""
-        ordered: dict[str, Einsum] = {}
+        ordered: dict[str, Einsum | Scan] = {}
         for name in (*self.states, *self.kernel.outputs):
             self._visit(name, ordered)
         return list(ordered.values())
@@ -55,7 +55,7 @@ class _Kernel:
         for value in stage.values:
             self.table[value.reduction] = Einsum(value.reduction, results[value.reduction], _rebuilt(value, ranks))
 
-    def _visit(self, name: str, ordered: dict[str, Einsum]) -> None:
+    def _visit(self, name: str, ordered: dict[str, Einsum | Scan]) -> None:
         s = self.table.get(name)
         if s is None or name in ordered:
             return

@@ -22,7 +22,7 @@ from .cost import Cost, TensorTraffic, cost, kernel_traffic, live_footprint
 from .figures import basis_of, byte_count, quantity
 from .flow import fiber
 from .operations import by_unit, operations
-from .passes import PIPELINE, make_plan
+from .passes import make_plan, rewritten
 from .report_html import report_html
 from .report_text import report_text
 from .sizes import complete_sizes, missing_sizes
@@ -199,12 +199,9 @@ def _kernels(plan: Plan, sizes: Mapping[str, int]) -> tuple[KernelReport, ...]:
 def _preparation(c: Cascade, plan: Plan, sizes: Mapping[str, int]) -> list[Rewrite]:
     """The rewrites of the pipeline that the plan went through, each with what it changed in statements and operations."""
     found: list[Rewrite] = []
-    for rewrite, _ in PIPELINE:
+    for rewrite, new in rewritten(c, sizes):
         name = rewrite.__name__
-        if name not in plan.notes:
-            continue
-        new = rewrite(c)
-        if new != c:
+        if new != c and name in plan.notes:
             did = (getdoc(rewrite) or "").partition("\n")[0].rstrip(".")
             found.append(Rewrite(name, did, _less_work(c, new, sizes)))
         c = new

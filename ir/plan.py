@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from .cascade import Cascade, Einsum
+from .cascade import Cascade, Einsum, Scan
 from .expr import Const, Expr
 
 STEP = "step"
@@ -112,21 +112,22 @@ class Stage:
 class KernelPlan:
     """One kernel: the stages that stream `stream` one after the other, then what is stored.
 
-    `inputs` are the tensors it reads: inputs of the cascade and what earlier kernels stored. `statements` are the maps and inner
-    reductions it computes on demand. `outputs` are what it stores; one that has the stream rank is stored in a last stream over it.
+    `inputs` are the tensors it reads: inputs of the cascade and what earlier kernels stored.`statements` are the
+    maps, inner reductions and scans along the stream that it computes on demand. `outputs` are what it stores; one that has the stream
+    rank is stored in a last stream over it.
     """
 
     name: str
     stream: str | None
     stages: tuple[Stage, ...]
-    statements: tuple[Einsum, ...]
+    statements: tuple[Einsum | Scan, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LibraryPlan:
-    """A statement over whole tensors that is left to library calls: a sort, a long scan, a scatter, a concatenation in memory.
+    """A statement over whole tensors that is left to library calls: a sort, a selection, a scatter, a concatenation in memory.
 
     `cascade` is that one statement by itself: its inputs are the operands as they lie in memory, its outputs what it defines.
     """

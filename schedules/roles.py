@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..ir.cascade import Cascade, Einsum
+from ..ir.cascade import Cascade, Einsum, Scan
 from ..ir.expr import Expr, Op, Read, reads
 from ..ir.infer import expression_ranks
 from ..ir.plan import KernelPlan
@@ -71,7 +71,7 @@ def kernel_roles(cascade: Cascade, kernel: KernelPlan, sizes: Mapping[str, int])
 def _sums(kernel: KernelPlan) -> Iterator[Einsum]:
     for stage in kernel.stages:
         yield from stage.reductions
-    yield from (s for s in kernel.statements if s.op is not None)
+    yield from (s for s in kernel.statements if isinstance(s, Einsum) and s.op is not None)
 
 
 def _work(kernel: KernelPlan) -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -81,7 +81,9 @@ def _work(kernel: KernelPlan) -> Iterator[tuple[tuple[str, ...], bool]]:
         for state in stage.states:
             yield tuple(dict.fromkeys((*expression_ranks(state.summand, origins), *state.over, *state.ranks))), False
     for s in kernel.statements:
-        if s.op is not None:
+        if isinstance(s, Scan):
+            yield s.ranks, False
+        elif s.op is not None:
             yield tuple(dict.fromkeys((*expression_ranks(s.expr), *s.over))), True
         elif not kernel.stages and s.out in kernel.outputs:
             yield s.ranks, False

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..ir.cascade import Einsum
 from ..ir.plan import KernelPlan, Plan
 from .default import ceil_power, default_schedule, default_tiles
 from .roles import Roles, is_contraction, kernel_roles
@@ -170,7 +171,7 @@ def _contractions(kernel: KernelPlan) -> Iterator[tuple[str, tuple[str, ...], bo
             if state.op == "sum" and is_contraction(state.summand, state.ranks, state.over):
                 yield state.name, state.ranks, True
     for s in kernel.statements:
-        if s.op == "sum" and is_contraction(s.expr, s.ranks, s.over):
+        if isinstance(s, Einsum) and s.op == "sum" and is_contraction(s.expr, s.ranks, s.over):
             yield s.out, s.ranks, False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ...ir.cascade import Cascade, Output, RankDecl, Tensor
+from ...ir.cascade import Cascade, Output, RankDecl, Scan, Tensor
 from ...ir.errors import ScheduleError, UnsupportedError
 from ...ir.expr import Cast, Const, Expr, Extent, Index, Scalar, reads, walk
 from ...ir.plan import KernelPlan
@@ -94,10 +94,10 @@ class _KernelLowering:
             v.body, v.inside = Section(), set()
             for name in inside:
                 v.body.nodes.append(self._store(name))
-            nodes, v.body = tuple(v.body.nodes), None
+            nodes, carried, v.body = tuple(v.body.nodes), tuple(v.body.carried), None
             stream = self.kernel.stream or ""
             whole = Bounds(Const(0), Const(0), Extent(stream), Extent(stream))
-            self._append_loop(Loop(stream, v.size(stream), (), whole, (), nodes))
+            self._append_loop(Loop(stream, v.size(stream), (), whole, carried, nodes))
         return self._finish()
 
     # values ------------------------------------------------------------------------------------------------------------
@@ -117,6 +117,8 @@ class _KernelLowering:
         e: Expr
         if name in v.streamed:
             e = self._final(name)
+        elif isinstance(statement, Scan):
+            e = v.scan(statement, self._final_mode())
         elif statement is not None and statement.op is None:
             e = v.convert(v.masked_map(statement), self._final_mode())
         elif statement is not None:

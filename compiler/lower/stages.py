@@ -18,7 +18,7 @@ from ...ir.types import DType, f32, i32
 from ..passes.stream_reductions import in_flight, rebuild
 from .bounds import loop_bounds
 from .contractions import contraction_type, factors, find_contraction, product
-from .values import IDENTITY, Mode, Section, Values
+from .values import IDENTITY, INTEGER_IDENTITY, Mode, Section, Values
 
 LOWEST = Const(-3.4028234663852886e38)
 HIGHEST = Const(3.4028234663852886e38)
@@ -61,9 +61,9 @@ class StageLowering:
             for state in owned:
                 self._update(state)
         bounds = loop_bounds(self.stream, conditions, self._tile_or_whole, lambda e: not v.type_of(e).is_float)
-        body = v.body.nodes
+        body, carried = v.body.nodes, (*self.progress.carried, *v.body.carried)
         v.body = None
-        return Loop(self.stream, v.size(self.stream), conditions, bounds, tuple(self.progress.carried), tuple(body))
+        return Loop(self.stream, v.size(self.stream), conditions, bounds, carried, tuple(body))
 
     def value(self, name: str, state: Callable[[State], Expr], extent: Expr, mode: Mode) -> Expr:
         """A reduction of this stage, rebuilt from its states, with `extent` elements of the rank seen."""
@@ -176,7 +176,7 @@ class StageLowering:
             joined = {"max": "maximum", "min": "minimum", "prod": "mul"}[state.op]
             self._map(new, self._ranks(state.ranks), Op(joined, (previous, part)), dtype, state.name)
         self.progress.new[state.name] = Tile(new)
-        init = state.identity if dtype == f32 else _integer_identity(state.op)
+        init = state.identity if dtype == f32 else INTEGER_IDENTITY[state.op]
         self.progress.carried.append(LoopState(state.name, self._ranks(state.ranks), init, Tile(new), dtype))
 
     def _corrected(self, state: State) -> Expr:
@@ -311,7 +311,3 @@ def _bounded_exponent(node: Expr) -> Expr | None:
 
 def _has_exponential(e: Expr) -> bool:
     return any(isinstance(n, Op) and n.name in ("exp", "exp2") for n in walk(e))
-
-
-def _integer_identity(op: str) -> Const:
-    return {"sum": Const(0), "prod": Const(1), "max": Const(-(2**31)), "min": Const(2**31 - 1)}[op]

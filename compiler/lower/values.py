@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ...ir.cascade import Cascade, Einsum
+from ...ir.cascade import Cascade, Einsum, Scan
 from ...ir.errors import UnsupportedError
-from ...ir.expr import Cast, Const, Expr, Extent, Op, Read, Tile, children, walk, with_children
+from ...ir.expr import Cast, Const, Expr, Extent, Masked, Op, Read, Tile, children, walk, with_children
 from ...ir.infer import declared_types, expression_ranks, expression_type
 from ...ir.plan import KernelPlan
-from ...ir.tile import Dot, Map, Node, Reduce
+from ...ir.tile import Dot, LoopState, Map, Node, Reduce
+from ...ir.tile import Scan as ScanTile
 from ...ir.types import DType, f32, i32
 from .contractions import contraction_type, find_contraction, is_plain
 
+INTEGER_IDENTITY = {"sum": Const(0), "prod": Const(1), "max": Const(-(2**31)), "min": Const(2**31 - 1)}
 IDENTITY: dict[str, Const] = {
     "sum": Const(0.0), "prod": Const(1.0), "max": Const(float("-inf")), "min": Const(float("inf")),
     "argmax": Const(float("-inf")), "argmin": Const(float("inf")),
@@ -30,9 +32,13 @@ class Mode:
 
 @dataclass(slots=True)
 class Section:
-    """A straight run of nodes: the code outside any loop, or one loop's body. `made` finds the tile of what was computed already."""
+    """A straight run of nodes: the code outside any loop, or one loop's body.
+
+    `made` finds the tile of what was computed already; `carried` are states that scans bring into a loop.
+    """
 
     nodes: list[Node] = field(default_factory=list)
+    carried: list[LoopState] = field(default_factory=list)
     made: dict[object, str] = field(default_factory=dict)
 
 
@@ -125,6 +131,8 @@ class Values:
         match e:
             case Read(tensor=tensor) if tensor in self.statements:
                 s = self.statements[tensor]
+                if isinstance(s, Scan):
+                    return self.scan(s, mode)
                 if s.op is None:
                     return self.convert(self.masked_map(s), mode)
                 return self.inner(s, mode)
@@ -172,6 +180,30 @@ class Values:
                 section.nodes.append(Map(dst, result, summand, dtype, note=s.out))
         section.made[key] = dst
         return Tile(dst)
+
+    def scan(self, s: Scan, mode: Mode) -> Tile:
+        """The tile of a scan along the stream. What it has run up to is carried from tile to tile."""
+        assert self.body is not None
+        identity = IDENTITY[s.op]
+        expr = self.convert(s.expr, mode)
+        if s.where is not None:
+            expr = Op("where", (self.convert(s.where, mode), expr, identity))
+        key = ("scan", s.op, s.exclusive, expr)
+        if key not in self.body.made:
+            masked = Masked(expr, identity)
+            ranks = tuple(r for r in self.tile if r in {*self.ranks_of(expr), s.over})
+            rest = tuple(r for r in ranks if r != s.over)
+            dtype = self.type_of(Read(s.out, ()))
+            carry = self.declare(self.new_name(f"{s.out}_before"), rest, dtype)
+            total = self.declare(self.new_name(f"{s.out}_tile"), rest, dtype)
+            dst = self.declare(self.new_name(s.out), ranks, dtype)
+            self.body.nodes.append(ScanTile(dst, ranks, s.op, s.over, masked, Tile(carry), s.exclusive, dtype, note=s.out))
+            self.body.nodes.append(Reduce(total, rest, s.op, (s.over,), masked, dtype, note=s.out))
+            joined = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum"}[s.op]
+            start = identity if dtype == f32 else INTEGER_IDENTITY[s.op]
+            self.body.carried.append(LoopState(carry, rest, start, Op(joined, (Tile(carry), Tile(total))), dtype))
+            self.body.made[key] = dst
+        return Tile(self.body.made[key])
 
     def _dot(self, section: Section, dst: str, ranks: tuple[str, ...], over: tuple[str, ...], a: Expr, b: Expr, s: Einsum) -> None:
         left = self.operand(a, f"{dst}_lhs", section)

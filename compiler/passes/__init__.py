@@ -6,7 +6,7 @@ A rewrite is a function Cascade -> Cascade that keeps the meaning; `PIPELINE` li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from .canonicalize_exponentials import canonicalize_exponentials
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...ir.cascade import Cascade
     from ...ir.plan import Plan
 
-Rewrite = Callable[["Cascade"], "Cascade"]
+Rewrite = Callable[..., "Cascade"]
 
 PIPELINE: tuple[tuple[Rewrite, str], ...] = (
     (merge_duplicates, "first, so that later passes see each computation once"),
@@ -39,11 +39,23 @@ PIPELINE: tuple[tuple[Rewrite, str], ...] = (
 )
 
 
-def prepare(cascade: Cascade) -> tuple[Cascade, tuple[str, ...]]:
+SIZED: tuple[Rewrite, ...] = (expand_scans, sink_accesses)
+
+
+def rewritten(cascade: Cascade, sizes: Mapping[str, int]) -> Iterator[tuple[Rewrite, Cascade]]:
+    """The passes of the pipeline one after the other, each with the cascade as it leaves it.
+
+    Those of `SIZED` weigh what they do by the extents, as far as these are known.
+    """
+    for rewrite, _ in PIPELINE:
+        cascade = rewrite(cascade, sizes) if rewrite in SIZED else rewrite(cascade)
+        yield rewrite, cascade
+
+
+def prepare(cascade: Cascade, sizes: Mapping[str, int]) -> tuple[Cascade, tuple[str, ...]]:
     """The cascade after the pipeline, and a note for each pass that changed it."""
     notes: list[str] = []
-    for rewrite, _ in PIPELINE:
-        new = rewrite(cascade)
+    for rewrite, new in rewritten(cascade, sizes):
         if new != cascade:
             notes.append(rewrite.__name__)
         cascade = new
@@ -62,6 +74,6 @@ def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[s
     from ...ir.plan import Plan
     from .partition_kernels import partition_kernels
 
-    prepared, notes = prepare(cascade)
+    prepared, notes = prepare(cascade, sizes)
     partition = partition_kernels(prepared, sizes, lambda step: make_plan(step, sizes, repeat=repeat), repeat=repeat)
     return Plan(prepared, partition.steps, notes, partition.cuts)

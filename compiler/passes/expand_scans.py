@@ -7,28 +7,30 @@ It does more operations, on values that are at hand, and needs no order among th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ...ir.cascade import Cascade, Einsum, RankDecl, Scan, Statement
-from ...ir.expr import Const, Expr, Index, Op
+from ...ir.expr import Expr, Extent, Index, Op
 from .graph import at_coordinates, fresh
 
-SHORT = 64
+SHORT, SHORT_NOW = 64, 16  # elements of a rank of declared extent, and of one that may grow by the next call
 
 
-def expand_scans(cascade: Cascade) -> Cascade:
-    """No scan over a rank of at most `SHORT` elements, known before the call, is left."""
-    sizes = cascade.static_sizes()
+def expand_scans(cascade: Cascade, sizes: Mapping[str, int] | None = None) -> Cascade:
+    """No scan over a short rank is left, as far as extents are declared or given."""
+    declared_sizes, known = cascade.static_sizes(), cascade.solve_sizes(sizes or {})
     taken = {*cascade.tensor_ranks(), *cascade.all_ranks()}
     declared: list[RankDecl] = []
     body: list[Statement] = []
     for s in cascade.body:
-        if not isinstance(s, Scan) or sizes.get(s.over, SHORT + 1) > SHORT:
+        short = isinstance(s, Scan) and (declared_sizes.get(s.over, SHORT + 1) <= SHORT or known.get(s.over, SHORT_NOW + 1) <= SHORT_NOW)
+        if not isinstance(s, Scan) or not short:
             body.append(s)
             continue
         before = fresh(f"{s.over}_before", taken)
         taken.add(before)
-        declared.append(RankDecl(before, Const(sizes[s.over])))
+        declared.append(RankDecl(before, cascade.size_of(s.over) or Extent(s.over)))
         moved: dict[str, Expr] = {s.over: Index(before)}
         reached = Op("lt" if s.exclusive else "le", (Index(before), Index(s.over)))
         where = reached if s.where is None else Op("and", (reached, at_coordinates(s.where, moved)))

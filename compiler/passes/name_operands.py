@@ -1,4 +1,4 @@
-"""`name_operands`: statements over whole tensors read plain tensors, nothing else.
+"""`name_operands`: statements over whole tensors (populates, scatters, concatenations, blocks) read plain tensors, nothing else.
 
     V[b,s], I[b,s] = topk(p -> s, 8 where p < N[b]) A[b,p] * W[p]
                                                                   V_of[b,p]    = A[b,p] * W[p]
@@ -17,11 +17,9 @@ from ...ir.expr import Const, Expr, Op, Read, Scalar, aligned
 from ...ir.infer import expression_ranks
 from .graph import fresh
 
-IDENTITY = {"sum": Const(0), "prod": Const(1), "max": Const(float("-inf")), "min": Const(float("inf"))}
-
 
 def name_operands(cascade: Cascade) -> Cascade:
-    """Every scan, populate, scatter and concatenation reads tensors at their own indices."""
+    """Every populate, scatter and concatenation reads tensors at their own indices."""
     naming = _Naming(cascade)
     for s in cascade.body:
         naming.body.append(naming.named(s))
@@ -37,9 +35,6 @@ class _Naming:
     def named(self, s: Statement) -> Statement:
         """The statement over named operands; what they are is appended to the body."""
         match s:
-            case Scan():
-                expr = s.expr if s.where is None else Op("where", (s.where, s.expr, IDENTITY[s.op]))
-                return replace(s, expr=self._operand(expr, f"{s.out}_of", s), where=None)
             case Populate():
                 where = None if s.where is None else self._operand(s.where, f"{s.values}_where", s)
                 parameter = None if s.parameter is None else self._number(s.parameter, f"{s.values}_by", s)
@@ -53,7 +48,7 @@ class _Naming:
             case Iterate():
                 states = (replace(state, init=self._number(state.init, f"{state.name}_init", s)) for state in s.states)
                 return replace(s, states=tuple(states))
-            case Einsum():
+            case Einsum() | Scan():  # these are computed in kernels
                 return s
 
     def _operand(self, e: Expr, name: str, s: Statement) -> Expr:

@@ -4,7 +4,7 @@ A kernel is grown backwards from the tensors it stores. Its stream is a rank tha
 reductions on the way are done within a tile, over ranks held whole, unless such a rank is also one that the kernel iterates over
 or is too long for that: then the reduction's result is stored by a kernel of its own (statistics are exported, not elements).
 Stored tensors with the same stream and grid share a kernel, unless one must lie in memory whole before the other is computed.
-Statements over whole tensors (sorts, long scans, scatters) are steps of their own between the kernels.
+Statements over whole tensors (sorts, selections, scatters) are steps of their own between the kernels.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
-from ...ir.cascade import Cascade, Einsum, Iterate, Statement, defined
+from ...ir.cascade import Cascade, Einsum, Iterate, Scan, Statement, defined
 from ...ir.errors import UnsupportedError
 from ...ir.expr import reads
 from ...ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan, Rejected, Stage, Step
 from .graph import definitions, dependencies
 from .stream_reductions import Streamer
-from .whole_tensors import behind, one_step, single, whole_tensors
+from .whole_tensors import Computed, behind, one_step, single, whole_tensors
 
 RESIDENT_LIMIT, SHORT_LIMIT = 1024, 64
 INNER_LIMIT = 1 << 14
@@ -54,6 +54,11 @@ def partition_kernels(
     return _Partitioner(cascade, sizes, plan, repeat).partition()
 
 
+def over(s: Einsum | Scan) -> tuple[str, ...]:
+    """The ranks along which a statement is more than a map."""
+    return s.over if isinstance(s, Einsum) else (s.over,)
+
+
 class _Partitioner:
     def __init__(self, cascade: Cascade, sizes: Mapping[str, int], plan: Callable[[Cascade], Plan], repeat: frozenset[str]) -> None:
         self.cascade = cascade
@@ -69,7 +74,7 @@ class _Partitioner:
 
     def partition(self) -> Partition:
         """Kernels are grown anew whenever one turns out to need a result stored, so that results with equal streams share a kernel."""
-        library = [self._whole(s) for s in self.cascade.body if not isinstance(s, Einsum)]
+        library = [self._whole(s) for s in self.cascade.body if not isinstance(s, Computed)]
         made = {name for step in library for name in step.outputs}
         given = {t.name for t in self.cascade.inputs}
         roots = [name for name in dict.fromkeys((*(o.name for o in self.cascade.outputs), *self.whole)) if name not in made | given]
@@ -91,8 +96,8 @@ class _Partitioner:
         if name in self.whole:
             return f"stored: {self.whole[name]}"
         s = self.table[name]
-        over = ", ".join(s.over) if isinstance(s, Einsum) else ""
-        return f"stored: a reduction over {over} cannot be done within the tiles of the kernel that reads it, or many would do it again"
+        ranks = ", ".join(over(s)) if isinstance(s, Computed) else ""
+        return f"stored: a reduction over {ranks} cannot be done within the tiles of the kernel that reads it, or many would do it again"
 
     def _whole(self, s: Statement) -> LibraryPlan | LoopPlan:
         alone = single(self.cascade, s)
@@ -137,11 +142,11 @@ class _Partitioner:
         mine = set(self._ranks(root))
         candidates: dict[str, None] = {}
         for r in last:
-            candidates.update({rank: None for rank in r.over if not self._is_short(rank, mine)})
-        free = [rank for rank in candidates if not any(self._feeds(rank, r) for r in last if rank not in r.over)]
+            candidates.update({rank: None for rank in over(r) if isinstance(r, Scan) or not self._is_short(rank, mine)})
+        free = [rank for rank in candidates if not any(self._feeds(rank, r) for r in last if rank not in over(r))]
         ranked = sorted(free or candidates, key=lambda rank: -self.sizes.get(rank, INNER_LIMIT))
         chosen = ranked[0] if ranked else None
-        shaped = {rank for r in last if chosen in r.over for rank in (*r.ranks, *r.over)}
+        shaped = {rank for r in last if chosen in over(r) for rank in (*r.ranks, *over(r))}
         if chosen is not None and any(rank not in shaped and not self._is_short(rank, mine) for rank in mine):
             return None  # a map along a rank of its own: others store the reductions that it reads
         return chosen
@@ -151,13 +156,13 @@ class _Partitioner:
         size = self.static.get(rank)
         return size is not None and size <= (RESIDENT_LIMIT if rank in stored else SHORT_LIMIT)
 
-    def _last_reductions(self, root: str) -> list[Einsum]:
-        """The reductions from which `root` is reached through maps alone."""
-        found: dict[str, Einsum] = {}
+    def _last_reductions(self, root: str) -> list[Einsum | Scan]:
+        """The reductions and scans from which `root` is reached through maps alone."""
+        found: dict[str, Einsum | Scan] = {}
 
         def visit(name: str) -> None:
             s = self.table.get(name)
-            if name in found or not isinstance(s, Einsum) or (name in self.whole and name != root):
+            if name in found or not isinstance(s, Computed) or (name in self.whole and name != root):
                 return
             if s.op is not None:
                 found[name] = s
@@ -169,15 +174,15 @@ class _Partitioner:
         visit(root)
         return list(found.values())
 
-    def _feeds(self, rank: str, r: Einsum) -> bool:
-        """Whether a reduction over `rank` comes before `r`."""
-        return any(isinstance(s := self.table.get(n), Einsum) and rank in s.over for n in self.depends[r.out])
+    def _feeds(self, rank: str, r: Einsum | Scan) -> bool:
+        """Whether a reduction or scan over `rank` comes before `r`."""
+        return any(isinstance(s := self.table.get(n), Computed) and rank in over(s) for n in self.depends[r.out])
 
     # the statements ------------------------------------------------------------------------------------------------------
 
     def _grow(self, group: _Group, index: int) -> tuple[KernelPlan, list[str]]:
         reductions: dict[str, None] = {}
-        statements: dict[str, Einsum] = {}
+        statements: dict[str, Einsum | Scan] = {}
         inputs: dict[str, None] = {}
         missing: list[str] = []
 
@@ -185,10 +190,10 @@ class _Partitioner:
             if name in reductions or name in statements or name in inputs:
                 return
             s = self.table.get(name)
-            if not isinstance(s, Einsum) or (name in self.whole and name not in group.roots):
+            if not isinstance(s, Computed) or (name in self.whole and name not in group.roots):
                 inputs[name] = None
                 return
-            streamed = s.op is not None and group.stream in s.over
+            streamed = isinstance(s, Einsum) and s.op is not None and group.stream in s.over
             if name not in group.roots and s.op is not None and not streamed and not self._inner(s, group):
                 inputs[name] = None
                 missing.append(name)
@@ -211,8 +216,13 @@ class _Partitioner:
         name = self.cascade.name if index == 0 else f"{self.cascade.name}_{index}"
         return KernelPlan(name, group.stream, stages, ordered, tuple(inputs), tuple(group.roots)), missing
 
-    def _inner(self, s: Einsum, group: _Group) -> bool:
-        """Whether the reduction can be done within a tile of the kernel, and is not done over and over by tasks that all need it."""
+    def _inner(self, s: Einsum | Scan, group: _Group) -> bool:
+        """Whether the reduction can be done within a tile of the kernel, and is not done over and over by tasks that all need it.
+
+        A scan can if it runs along the stream.
+        """
+        if isinstance(s, Scan):
+            return s.over == group.stream
         size = math.prod(self.sizes.get(rank, INNER_LIMIT + 1) for rank in s.over)
         repeated = math.prod(self.sizes.get(rank, 1) for rank in group.ranks if rank not in s.ranks)
         if size >= REPEATED_SIZE and repeated >= REPEATED_LIMIT:

@@ -7,14 +7,17 @@
     T[t]   = Z[t, Y[t]]                     ->    T[t]    = Z_at[t]
 
 Without it a single element read from a value would keep the whole value in memory. Through a reduction the access makes a new
-reduction, and only where that has fewer ranks. Other reads, and those through scans, populates, concatenations and blocks, stay as they
-are: what they read is stored by a kernel first. So is a map that would grow beyond `LIMIT` nodes, as a chain of gathers does.
+reduction, and only where that is less work than storing the old one. Other reads, and those through scans, populates, concatenations
+and blocks, stay as they are: what they read is stored by a kernel first. So is a map that would grow beyond `LIMIT` nodes, as a chain of
+gathers does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
+from math import prod
 
 from ...ir.cascade import Cascade, Einsum, Statement
 from ...ir.expr import Const, Expr, Extent, Index, Op, Read, aligned, rewrite, walk
@@ -22,11 +25,13 @@ from ...ir.infer import expression_ranks
 from .graph import at_coordinates, definitions, drop_unused, fresh, map_expressions
 
 LIMIT = 256
+STORED = 16  # what an element costs that is stored and read again, in operations
 
 
-def sink_accesses(cascade: Cascade) -> Cascade:
+def sink_accesses(cascade: Cascade, sizes: Mapping[str, int] | None = None) -> Cascade:
     """No map is read but at its own indices; a reduction neither, if the elements read are a part of it."""
     table = definitions(cascade)
+    known = cascade.solve_sizes(sizes or {})
     taken = {*table, *(t.name for t in cascade.inputs)}
     made: dict[Read, str] = {}
     sunk: dict[Read, Expr | None] = {}
@@ -57,7 +62,7 @@ def sink_accesses(cascade: Cascade) -> Cascade:
 
     def reduced_at(node: Read, statement: Einsum, coordinates: dict[str, Expr]) -> Expr | None:
         ranks = tuple(dict.fromkeys(r for c in node.coords for r in expression_ranks(c)))
-        if set(ranks) & set(statement.over) or len(ranks) >= len(statement.ranks):
+        if set(ranks) & set(statement.over) or not _pays(statement, ranks, known):
             return None
         if node not in made:
             made[node] = fresh(f"{statement.out}_at", taken)
@@ -77,6 +82,14 @@ def sink_accesses(cascade: Cascade) -> Cascade:
         extra.clear()
         body.append(new)
     return drop_unused(replace(cascade, body=tuple(body)))
+
+
+def _pays(statement: Einsum, ranks: tuple[str, ...], sizes: Mapping[str, int]) -> bool:
+    """Whether reducing again for the elements read is less work than to store all results; of fewer ranks where extents are unknown."""
+    if not {*ranks, *statement.ranks, *statement.over} <= set(sizes):
+        return len(ranks) < len(statement.ranks)
+    again = prod(sizes[r] for r in (*ranks, *statement.over))
+    return len(ranks) < len(statement.ranks) and again < STORED * prod(sizes[r] for r in statement.ranks)
 
 
 def _filled(e: Expr) -> Expr:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import sympy as sp
 
-from ...ir.cascade import Cascade, Einsum
+from ...ir.cascade import Cascade, Einsum, Scan
 from ...ir.expr import Const, Expr, Extent, Index, Op, Read, Tile, children, reads, with_children
 from ...ir.infer import expression_ranks
 from ...ir.plan import Correction, Domain, Origin, Rejected, Stage, State, Value
@@ -54,6 +54,7 @@ class Streamer:
         self.rank = rank
         self.online = online
         self.statements = {name: s for name, s in definitions(cascade).items() if isinstance(s, Einsum)}
+        self.scans = frozenset(s.out for s in cascade.body if isinstance(s, Scan))
         self.bodies = maps(cascade)
         self.depends = dependencies(cascade)
         self.names = tuple(reductions)
@@ -138,6 +139,8 @@ class Streamer:
     def _check_inner(self, e: Expr, moving: frozenset[str], r: Einsum) -> None:
         for read in reads(e):
             statement = self.statements.get(read.tensor)
+            if read.tensor in self.scans and self.depends[read.tensor] & moving:
+                raise Barrier(f"the scan {read.tensor} runs over a value that moves while {self.rank} is streamed")
             if statement is not None and read.tensor not in moving and self.depends[read.tensor] & moving:
                 kind = "a reduction over another rank" if statement.op else "a map read away from its own indices"
                 raise Barrier(f"{statement.out}, {kind}, depends on a value that moves while {self.rank} is streamed")
@@ -248,8 +251,9 @@ class Streamer:
     # the finished stage ----------------------------------------------------------------------------------------------------
 
     def _finish(self, draft: _Draft) -> Stage:
-        """The draft with what all its states' predicates share as the domain of the stage."""
-        shared = [c for c in conjuncts(draft.states[0].where) if self._bounds_stream(c)]
+        """The draft with what all its states' predicates share as the domain of the stage; a scan must see every element."""
+        scanned = any(self.scans & {r.out, *self.depends[r.out]} for r in draft.reductions)
+        shared = [c for c in conjuncts(draft.states[0].where) if self._bounds_stream(c) and not scanned]
         for state in draft.states[1:]:
             mine = conjuncts(state.where)
             shared = [c for c in shared if c in mine]

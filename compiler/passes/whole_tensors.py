@@ -28,36 +28,42 @@ from .graph import defined_inside, fresh, map_expressions
 
 
 def whole_tensors(cascade: Cascade) -> dict[str, str]:
-    """The results of Einsums that some statement reads elsewhere than at their own indices, or needs whole; with the reason."""
-    table = {s.out: s for s in cascade.body if isinstance(s, Einsum)}
+    """The results of Einsums and scans that some statement reads elsewhere than at their own indices, or needs whole; with the reason."""
+    table = computed(cascade)
     found: dict[str, str] = {}
     for s in cascade.body:
         name = defined(s)[0][0]
         for r in far_reads(s, table):
             if r.tensor in table:
-                whole = f"{_KINDS[type(s)]} {name} needs it whole" if not isinstance(s, Einsum) else ""
+                whole = f"{_KINDS[type(s)]} {name} needs it whole" if not isinstance(s, Computed) else ""
                 found.setdefault(r.tensor, whole or f"{name} reads it at other indices than its own")
     return found
 
 
+Computed = (Einsum, Scan)
 _KINDS: dict[type, str] = {
-    Scan: "the scan", Populate: "the selection", Scatter: "the scatter", Concat: "the concatenation",
+    Populate: "the selection", Scatter: "the scatter", Concat: "the concatenation",
     Iterate: "the block",
 }  # fmt: skip
 
 
-def far_reads(s: Statement, table: Mapping[str, Einsum]) -> Iterator[Read]:
+def computed(cascade: Cascade) -> dict[str, Einsum | Scan]:
+    """The statements that kernels compute, by name; all others work on whole tensors."""
+    return {s.out: s for s in cascade.body if isinstance(s, Computed)}
+
+
+def far_reads(s: Statement, table: Mapping[str, Einsum | Scan]) -> Iterator[Read]:
     """The reads of `s` for which a result must be complete: every read of a statement over whole tensors, reads at other indices."""
     for e in expressions(s):
         for r in reads(e):
             source = table.get(r.tensor)
-            if not isinstance(s, Einsum) or source is None or r.coords != tuple(Index(rank) for rank in source.ranks):
+            if not isinstance(s, Computed) or source is None or r.coords != tuple(Index(rank) for rank in source.ranks):
                 yield r
 
 
 def behind(cascade: Cascade) -> dict[str, frozenset[str]]:
     """For every tensor the tensors that must be complete in memory before a kernel that makes it can start."""
-    table = {s.out: s for s in cascade.body if isinstance(s, Einsum)}
+    table = computed(cascade)
     depends: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
     found: dict[str, frozenset[str]] = {t.name: frozenset() for t in cascade.inputs}
     for s in cascade.body:
