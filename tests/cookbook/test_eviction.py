@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import einfall as ef
@@ -10,6 +12,8 @@ import torch
 
 from cookbook.eviction import cake, common, defensivekv, h2o, int4_h2o, snapkv, triattention
 
+RECIPES = (h2o, snapkv, cake, defensivekv, triattention, int4_h2o)
+TYPES = {torch.float32: "f32", torch.float16: "f16", torch.int32: "i32", torch.uint8: "u8"}
 NEEDS_KVPRESS = "kvpress pins transformers below 5.3 and brings datasets and peft with it"
 
 
@@ -37,6 +41,18 @@ def press_score(press, Q, K):
 
 def sets(I):
     return [[set(row.tolist()) for row in heads] for heads in I]
+
+
+@pytest.mark.parametrize("module", RECIPES, ids=lambda module: module.RECIPE.name)
+def test_the_cascades_of_a_page_are_those_of_its_recipe(module):
+    traced = set()
+    for step in module.RECIPE.steps:
+        given = step.tensors(0, extents(step))
+        types = {tensor.name: TYPES[t.dtype] for tensor, t in zip(step.kernel.cascade.inputs, given, strict=True)}
+        traced.add(str(step.kernel.trace(dtypes=types)).strip())
+    page = Path(module.__file__).with_suffix(".md").read_text()
+    shown = [block.strip() for block in re.findall(r"```cascade\n(.*?)```", page, re.DOTALL)]
+    assert shown and set(shown) <= traced
 
 
 # --- h2o -------------------------------------------------------------------------------------------------------------------------------
