@@ -40,13 +40,13 @@ def dequantize(C: Any, S: Any, Z: Any) -> Any:
 
 
 def lattice(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    """Values whose codes no rounding error decides: each group spans 15 steps exactly, and none of it lies near the middle of a step."""
+    """Values whose codes no rounding error decides: each group spans 15 steps exactly, 0 among them, and none lies near a half step."""
     groups = (*shape[:-1], shape[-1] // GROUP, GROUP)
     codes = torch.randint(0, 16, groups, generator=generator).float() + (torch.rand(groups, generator=generator) - 0.5) * 0.7
     codes = codes.clamp(0.0, 15.0)
     codes[..., 0], codes[..., 1] = 0.0, 15.0
     steps = (torch.randint(16, 32, (*groups[:-1], 1), generator=generator) / 64.0)  # few bits: the span and a fifteenth of it are exact
-    zeros = torch.randint(-24, 8, (*groups[:-1], 1), generator=generator) / 4.0
+    zeros = -torch.randint(0, 16, (*groups[:-1], 1), generator=generator) / 4.0
     return (codes * steps + zeros).reshape(shape)
 
 

@@ -6,7 +6,7 @@ import einfall as ef
 import pytest
 import torch
 
-from cookbook.quantization import bfp, common, int4_groups, mustafar, mx
+from cookbook.quantization import bfp, common, gear, int4_groups, mustafar, mx
 
 INF, NAN = math.inf, math.nan
 
@@ -306,3 +306,80 @@ def test_more_channels_than_there_are_leave_slots_that_hold_0(run):
     X = torch.randn(1, 2, 3, 32, generator=torch.Generator().manual_seed(7))
     V, B = run(mustafar.compress)(X, k=35)
     assert torch.equal(V, torch.nn.functional.pad(X, (0, 3))) and bool((B == -1).all())
+
+
+# GEAR -------------------------------------------------------------------------------------------------------------------------------
+
+
+def compressed(run, X, rank=3, k=2, loops=2):
+    """The seven tensors that stand for X."""
+    B = torch.rand(X.shape[1], X.shape[3], rank, generator=torch.Generator().manual_seed(8))
+    P, H, Z, S, I = run(gear.compress)(X, k=k)
+    return P, H, Z, S, I, *run(gear.correct)(X, P, H, Z, I, B, loops=loops)
+
+
+def tokens(*shape):
+    return torch.randn(*(shape or (1, 2, 40, 64)), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_part_takes_from_the_error(run):
+    X = tokens()
+    X[..., 5] *= 20.0
+    found = compressed(run, X)
+    *groups, U, W = found
+    errors = [
+        common.relative(int4_groups.unpacked(*int4_groups.quantize_oracle(X), torch.float32), X),
+        common.relative(gear.decompressed(*groups, 0 * U, W, torch.float32), X),
+        common.relative(gear.decompressed(*found, torch.float32), X),
+    ]
+    assert errors[2] < 0.97 * errors[1] < 0.6 * errors[0]
+
+
+def test_the_correction_is_the_best_of_its_rank_after_many_iterations():
+    X = tokens(1, 1, 30, 64)
+    *groups, U, W = compressed(lambda kernel: kernel.reference, X, rank=1, loops=100)
+    R = (X - gear.decompressed(*groups, 0 * U, W, torch.float32))[0, 0].double()
+    left, values, right = torch.linalg.svd(R)
+    torch.testing.assert_close((U @ W.mT)[0, 0].double(), left[:, :1] * values[:1] @ right[:1], rtol=1e-3, atol=1e-4)
+
+
+def test_the_factors_are_a_projection_onto_orthonormal_columns():
+    U = compressed(lambda kernel: kernel, tokens())[-2]
+    torch.testing.assert_close(U.mT @ U, torch.eye(3).expand(1, 2, 3, 3), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_infinities_and_nan_stay_where_they_are_and_the_rest_is_as_if_they_were_not(run):
+    X = tokens()
+    X[0, 0, 2, 7], X[0, 0, 3, 40], X[0, 1, 4, 50] = INF, -INF, NAN
+    found = gear.decompressed(*compressed(run, X), torch.float32)
+    assert not torch.isfinite(found[~torch.isfinite(X)]).any()
+    same(found[X.isinf()], X[X.isinf()])
+    finite = X.isfinite()
+    assert float((found - X)[finite].abs().max()) < 0.4
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_token_with_more_nan_than_outliers_loses_its_groups_and_no_other_token_notices(run):
+    X = tokens()
+    X[0, 0, 4, 2:12] = NAN
+    found = gear.decompressed(*compressed(run, X), torch.float32)
+    others = [t for t in range(40) if t != 4]
+    assert bool(found[0, 0, 4, :32].isnan().all()) and float((found - X)[0, 0, others].abs().max()) < 0.4
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("value", [0.0, 1.5, -3.0])
+def test_a_constant_matrix_keeps_no_channel_twice(run, value):
+    X = torch.full((1, 2, 40, 64), value)
+    found = compressed(run, X)
+    *_, I, U, W = found
+    assert bool((I.sort(-1).values.diff(dim=-1) > 0).all())
+    assert float((gear.decompressed(*found, torch.float32) - X).abs().max()) <= 1e-3 * abs(value)
+    assert value or not (U.any() or W.any())
+
+
+def test_a_rank_above_the_number_of_tokens_leaves_columns_that_are_0():
+    *_, U, W = compressed(lambda kernel: kernel.reference, tokens(1, 1, 2, 64), rank=4)
+    assert U[..., :2].any() and not U[..., 2:].any() and not W[..., 2:].any()
