@@ -5,7 +5,6 @@ stay as they are stored. Each worker sees the blocks in an order of its own; it 
 distance from the block's beginning.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -33,13 +32,11 @@ def hogwild(
     Q: "w m (g r) e", Kc: "c g e", Vc: "c g f", Kx: "x g e", Vx: "x g f", Ky: "y g e", Vy: "y g f", at: "k=3 w", n: "k", *, scale: float
 ) -> "w m (g r) f":
     """One softmax over three blocks of n[k] keys. at[k, w] is the first new token's place of worker w, from the beginning of block k."""
-    scores = []
-    for block, (keys, K) in enumerate((("c", Kc), ("x", Kx), ("y", Ky))):
-        S, seen = against(Q, K, at, n, block=block, keys=keys, scale=scale)
-        scores.append(ef.where(seen, S, -math.inf))
-    S = ef.concat(*scores, rank="p", parts=("c", "x", "y"))
+    blocks = [against(Q, K, at, n, block=i, keys=keys, scale=scale) for i, (keys, K) in enumerate((("c", Kc), ("x", Kx), ("y", Ky)))]
+    S = ef.concat(*[scores for scores, _ in blocks], rank="p", parts=("c", "x", "y"))
     V = ef.concat(Vc, Vx, Vy, rank="p", parts=("c", "x", "y"))
-    return (ef.softmax(S, "p") * V).sum("p")
+    seen = ef.concat(*[visible for _, visible in blocks], rank="p", parts=("c", "x", "y"))
+    return (ef.softmax(S.where(seen), "p") * V).sum("p")
 
 
 @ef.kernel

@@ -1,7 +1,7 @@
 """Hydragen: a batch of requests attends to one shared prefix and each to a suffix of its own (arXiv 2402.05099).
 
 The prefix has no batch rank. That is all that has to be said: its keys and values are one tensor, read once for the queries of the whole
-batch. `hydragen` says what is computed, one softmax over both parts; `decomposed` is the paper's way, two attentions and their merge.
+batch. `hydragen` says what is computed, one softmax over both parts; `decomposed` is how the paper does it, two attentions and their merge.
 """
 
 import sys
@@ -21,7 +21,7 @@ def hydragen(Q: "b m (g r) e", Kp: "s g e", Vp: "s g f", Kt: "b t g e", Vt: "b t
     """Attention over prefix and suffix, one softmax. The m new tokens of a request, causal, follow L earlier ones in its suffix."""
     K = ef.concat(Kp, Kt, rank="p", parts=("s", "t"))
     V = ef.concat(Vp, Vt, rank="p", parts=("s", "t"))
-    seen = ef.index("p") <= ef.extent("s") + L + ef.index("m")
+    seen = ef.concat(ef.index("s") >= 0, ef.index("t") <= L + ef.index("m"), rank="p", parts=("s", "t"))
     S = ((Q * K).sum("e") * scale).where(seen)
     return (ef.softmax(S, "p") * V).sum("p")
 

@@ -4,7 +4,6 @@ Each request of a batch has a tree of m draft tokens. All of them attend to the 
 to their own ancestors in the tree. `ancestors` makes the tree's mask from the parent of each node.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -43,10 +42,11 @@ def verify(
     *, scale: float,
 ) -> "b m (g r) f":  # fmt: skip
     """One softmax over the prefix, the L[b] tokens of the suffix, and those of the tree's keys that a node sees."""
-    T = ef.where(ef.index("t") < L, (Q * Kt).sum("e") * scale, -math.inf)
-    N = ef.where(tree, (Q * Kn).sum("e") * scale, -math.inf)
-    S = ef.concat((Q * Kp).sum("e") * scale, T, N, rank="p", parts=("s", "t", "k"))
-    V = ef.concat(Vp, Vt, Vn, rank="p", parts=("s", "t", "k"))
+    parts = ("s", "t", "k")
+    K = ef.concat(Kp, Kt, Kn, rank="p", parts=parts)
+    V = ef.concat(Vp, Vt, Vn, rank="p", parts=parts)
+    seen = ef.concat(ef.index("s") >= 0, ef.index("t") < L, tree != 0, rank="p", parts=parts)
+    S = ((Q * K).sum("e") * scale).where(seen)
     return (ef.softmax(S, "p") * V).sum("p")
 
 
@@ -161,7 +161,7 @@ def show(out: Path) -> list[str]:
     lines = ["| requests | copied, MB | shared, MB | less by | operations a byte, copied | shared |", "|---:|---:|---:|---:|---:|---:|"]
     for batch in BATCHES:
         copied, before = plan(unshared, b=batch, p=PREFIX + SUFFIX + NODES)
-        shared, after = plan(merged, b=batch, s=PREFIX, t=SUFFIX, k=NODES)
+        shared, after = plan(verify, b=batch, s=PREFIX, t=SUFFIX, k=NODES)
         lines.append(f"| {batch} | {copied / 1e6:.1f} | {shared / 1e6:.1f} | {copied / shared:.1f} x | {before:.0f} | {after:.0f} |")
     return lines
 
