@@ -32,6 +32,7 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TVM_THREAD_POOL_SPIN_COUNT": "1000
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"}
 PACKAGES = ("torch", "apache-tvm", "apache-tvm-ffi", "numpy")
 ROUNDS = 15
+LEAST_ROUNDS = 3
 SAMPLE_MS = 5.0  # calls shorter than this are repeated within a sample
 WARM_UP_MS = 60.0
 CPUINFO = Path("/proc/cpuinfo")
@@ -108,7 +109,7 @@ def interleave(
     """Time `subjects` in turns: each is warmed up, then gives one sample a round.
 
     Args:
-        rounds: samples of each subject; fewer, but at least three, if `budget_s` runs out first.
+        rounds: samples of each subject; fewer, but at least three, for one that has used up its share of `budget_s`.
         sample_ms: how long a sample lasts at least, in whole calls.
         warm_up_ms: how long a subject is called, at least twice, before it is timed.
     """
@@ -117,15 +118,17 @@ def interleave(
         raise ValueError(f"two subjects have one name: {', '.join(names)}")
     calls = [_warmed(subject, warm_up_ms, sample_ms, clock) for subject in subjects]
     found: list[list[float]] = [[] for _ in subjects]
-    start = clock()
-    for done in range(1, rounds + 1):
-        for subject, count, samples in zip(subjects, calls, found, strict=True):
+    spent = [0.0 for _ in subjects]
+    for done in range(rounds):
+        for i, subject in enumerate(subjects):
+            if done >= LEAST_ROUNDS and spent[i] > budget_s / len(subjects):
+                continue  # a slow peer does not cost the quick ones their samples
             began = clock()
-            for _ in range(count):
+            for _ in range(calls[i]):
                 subject.run()
-            samples.append((clock() - began) * 1e3 / count)
-        if done >= 3 and clock() - start > budget_s:
-            break
+            took = clock() - began
+            spent[i] += took
+            found[i].append(took * 1e3 / calls[i])
     return {s.name: Samples(s.name, tuple(ms), count) for s, ms, count in zip(subjects, found, calls, strict=True)}
 
 

@@ -9,12 +9,23 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.case import EAGER
 from benchmarks.floors import Floor
 from benchmarks.protocol import Samples
 from benchmarks.run import DEFAULT, INDUCTOR, METASCHEDULE, TUNED, Row, figures
 
-TITLES = {"prefill": "Attention over a whole prompt", "fused": "Other fused cascades"}
-COLORS = {DEFAULT: "#1b6ca8", TUNED: "#0b3c5d", INDUCTOR: "#d9a441", METASCHEDULE: "#8d6cab", "eager": "#c9c9c9"}
+TITLES = {
+    "prefill": "Attention over a whole prompt",
+    "decode": "Decode steps",
+    "quantize": "Quantizers",
+    "verify": "Verification of drafts",
+    "fused": "Other fused cascades",
+}
+OWN, TORCH = "own", "SDPA / torch"
+EMPTY = "–"
+COLORS = {
+    DEFAULT: "#1b6ca8", TUNED: "#0b3c5d", OWN: "#6fa8dc", TORCH: "#7fb069", INDUCTOR: "#d9a441", METASCHEDULE: "#8d6cab", EAGER: "#c9c9c9",
+}  # fmt: skip
 
 
 def limits_table(limits: Sequence[tuple[Floor, Samples]]) -> Table:
@@ -30,17 +41,19 @@ def limits_table(limits: Sequence[tuple[Floor, Samples]]) -> Table:
 
 
 def rows_table(rows: Sequence[Row], group: str) -> Table:
-    """One line a case: our times, the share of the peak, the distance to the floor, and how many times as long each peer takes."""
-    caption = "× a peer: how many times as long it takes as einfall's best; × floor: how many times as long einfall takes as it must"
+    """One line a case: our times, the shares of peak and bandwidth, the distance to the floor, how many times as long each peer takes, and
+    the aims. Columns that say nothing of any row are left out."""
+    caption = (
+        "× a peer: how many times as long it takes as einfall's best · × own: the same of our kernel without what the row is about\n"
+        "× floor: how many times as long einfall takes as it must · ✓ ✗ whether the aim is met by these figures"
+    )
     table = Table(title=TITLES[group], title_justify="left", caption=caption, caption_justify="left")
-    ours = ("", "einfall ms", "tuned ms", "spread", "GFLOP/s", "of peak", "× floor")
-    heads = (*ours, "best peer ms", "× SDPA/torch", "× eager", "× inductor")
-    others = any(METASCHEDULE in row.samples for row in rows)
-    for column in (*heads, *(("× MetaSchedule",) if others else ())):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in rows:
-        if row.group == group:
-            table.add_row(*_cells(row, others))
+    lines = [_cells(row) for row in rows if row.group == group]
+    for head in COLUMNS:
+        if any(cells.get(head, EMPTY) != EMPTY for cells in lines):
+            table.add_column(head, justify="left" if head in ("", "aim") else "right")
+    for cells in lines:
+        table.add_row(*(cells.get(str(column.header), EMPTY) for column in table.columns))
     return table
 
 
@@ -51,37 +64,58 @@ def line(row: Row) -> str:
         return f"{row.name}: failed, {row.failed.splitlines()[0] if row.failed else 'not timed'}"
     ours = found.get(TUNED) or found[DEFAULT]
     speeds = ", ".join(f"{_times(ratio)} {peer}" for peer, ratio in ours["speed"].items())
-    return f"{row.name}: {ours['ms']:.2f} ms, {_percent(ours['of_peak'])} of the peak, {speeds}"
+    near = f"{_percent(ours['of_peak'])} of the peak" if row.group == "prefill" else f"{_times(ours['over_floor'])} the floor"
+    return f"{row.name}: {ours['ms']:.2f} ms, {near}, {speeds}"
 
 
-def _cells(row: Row, others: bool) -> list[str]:
+COLUMNS = (
+    "", "einfall ms", "tuned ms", "spread", "GFLOP/s", "of peak", "GB/s", "of roof", "× floor", "best peer ms", "× own", "× SDPA/torch",
+    "× eager", "× inductor", "× MetaSchedule", "aim",
+)  # fmt: skip
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """What a row has to say under each heading."""
     found = figures(row)
     if not found:
-        return [row.name, f"[red]{row.failed.splitlines()[0] if row.failed else 'not timed'}[/red]"]
+        return {"": row.name, "einfall ms": f"[red]{row.failed.splitlines()[0] if row.failed else 'not timed'}[/red]"}
     ours = found.get(TUNED) or found[DEFAULT]
-    first = row.peers[0] if row.peers[0] != "eager" else None
-    best = ours["best_peer"]
-    tuned = f"{found[TUNED]['ms']:.2f}" if TUNED in found else "–"
-    cells = [
-        row.name,
-        f"{found[DEFAULT]['ms']:.2f}",
-        tuned,
-        f"{ours['spread']:.0%}",
-        f"{ours['gflops']:.0f}",
-        _percent(ours["of_peak"]),
-        _times(ours["over_floor"]),
-        f"{row.samples[best].median:.2f} {best}" if best else "–",
-        *(_times(ours["speed"].get(peer)) for peer in (first, "eager", INDUCTOR)),
-    ]
-    return [*cells, _times(ours["speed"].get(METASCHEDULE))] if others else cells
+    best, speed = ours["best_peer"], ours["speed"]
+    theirs = next((name for name in row.peers if name not in (*row.own, EAGER)), "")
+    tuned = f"{found[TUNED]['ms']:.2f}" if TUNED in found else "= default" if row.same else EMPTY
+    moves = row.group != "prefill"
+    computes = row.group in ("prefill", "decode", "fused")
+    return {
+        "": row.name,
+        "einfall ms": f"{found[DEFAULT]['ms']:.2f}",
+        "tuned ms": tuned,
+        "spread": f"{ours['spread']:.0%}",
+        "GFLOP/s": f"{ours['gflops']:.0f}" if computes else EMPTY,
+        "of peak": _percent(ours["of_peak"]) if computes else EMPTY,
+        "GB/s": f"{ours['gbytes']:.1f}" if moves else EMPTY,
+        "of roof": _percent(ours["of_roof"]) if moves else EMPTY,
+        "× floor": _times(ours["over_floor"]),
+        "best peer ms": f"{row.samples[best].median:.2f} {best}" if best else EMPTY,
+        "× own": _times(next((speed[name] for name in row.own if name in speed), None)),
+        "× SDPA/torch": _times(speed.get(theirs)),
+        "× eager": _times(speed.get(EAGER)),
+        "× inductor": _times(speed.get(INDUCTOR)),
+        "× MetaSchedule": _times(speed.get(METASCHEDULE)),
+        "aim": ", ".join(_aim(aim) for aim in ours["aims"]) or EMPTY,
+    }
+
+
+def _aim(aim: dict[str, Any]) -> str:
+    """An aim, and whether it is met where that is known."""
+    return aim["aim"] if aim["met"] is None else f"{aim['aim']} {'✓' if aim['met'] else '✗'}"
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
+    return EMPTY if share is None else f"{share:.0%}"
 
 
 def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}×"
+    return EMPTY if ratio is None else f"{ratio:.2f}×"
 
 
 def to_json(machine: dict[str, Any], limits: Sequence[tuple[Floor, Samples]], rows: Sequence[Row], options: dict[str, Any]) -> str:
@@ -97,20 +131,20 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     timed = [row for row in rows if figures(row)]
-    heights = [len(_bars(row)) + 1 for row in timed]
+    heights = [len(row.subjects) + 1 for row in timed]
     figure = Figure(figsize=(9, 1.2 + 0.17 * sum(heights)), layout="constrained")
     axes = figure.add_subplot()
     y, ticks = 0.0, []
     named: set[str] = set()
     for row in timed:
-        first = row.samples[row.peers[0]].median
-        bars = _bars(row)
+        first = row.samples[row.first].median
+        bars = row.subjects
         ticks.append((y + (len(bars) - 1) / 2, row.name))
         least = figures(row)["floor_ms"]
         for name in bars:
-            label = name if name in COLORS else "SDPA / torch"
+            label = name if name in COLORS else OWN if name in row.own else TORCH
             speed = first / row.samples[name].median
-            axes.barh(y, speed, 0.9, color=COLORS.get(label, "#7fb069"), label=None if label in named else label)
+            axes.barh(y, speed, 0.9, color=COLORS[label], label=None if label in named else label)
             named.add(label)
             y += 1
         if least:
@@ -122,15 +156,9 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=7)
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel("speed, as a multiple of the first peer (torch SDPA for attention)")
+    axes.set_xlabel("speed, as a multiple of the row's first peer: torch SDPA, our kernel without what the row is about, or eager PyTorch")
     versions = machine.get("versions", {})
     title = f"{machine.get('processor')}, {machine.get('cores')} cores · torch {versions.get('torch')} · {str(machine.get('commit'))[:12]}"
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7, loc="lower right")
     FigureCanvasAgg(figure).print_png(str(path))
-
-
-def _bars(row: Row) -> list[str]:
-    """The subjects that are drawn, ours first; floors are drawn as lines."""
-    floors = {name for name, _, _ in row.floors}
-    return [name for name in row.samples if name not in floors]

@@ -7,19 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import einfall as ef
 import torch
 from einfall.compiler.executable import Executable
 
-from benchmarks.cases import Case, Function, Size, cases
+from benchmarks.case import Aim, Case, Function, Group, Peer, Size, Tensors, as_tuple
+from benchmarks.cases import cases
 from benchmarks.floors import Floor, bandwidths, floor_ms, micro_kernel, torch_products
 from benchmarks.protocol import ROUNDS, Clock, Samples, Subject, interleave
 
 DEFAULT, TUNED = "einfall", "einfall tuned"
 INDUCTOR, METASCHEDULE = "inductor", "MetaSchedule"
-TORCH_ERRORS, ROUNDINGS = 4.0, 16.0  # how far a result may be off: so many times torch's own error, or so many roundings
+# How far a result may be off: so many times torch's own error, or so many roundings of its type; whole numbers and minifloats not at all.
+TORCH_ERRORS = 4.0
+ROUNDINGS = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Options:
     size: Size = "short"
     only: str = "*"
     rounds: int = ROUNDS
-    budget_s: float = 8.0
+    budget_s: float = 5.0
     inductor: bool = True
     database: Path | None = None
     tune: int = 0
@@ -48,23 +51,40 @@ class Options:
 
 @dataclass(slots=True)
 class Row:
-    """What was found about one case. `failed` says why it could not be timed; `skipped` names peers that are missing, and why."""
+    """What was found about one case. `failed` says why it could not be timed; `skipped` names peers that are missing, and why.
+
+    `own` are the peers that are kernels of ours, `same` tells that the database knows no better schedule than the default.
+    """
 
     name: str
-    group: Literal["prefill", "fused"]
-    dtype: Literal["f32", "bf16"]
+    group: Group
+    dtype: str
     flops: float
     bytes: float
     peers: tuple[str, ...]
+    own: tuple[str, ...] = ()
+    aims: tuple[Aim, ...] = ()
     floors: tuple[tuple[str, str, float], ...] = ()
     samples: dict[str, Samples] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: str = ""
+    same: bool = False
+
+    @property
+    def first(self) -> str:
+        """The peer that the picture is scaled by: the first that was timed, or our own default."""
+        return next((name for name in self.peers if name in self.samples), DEFAULT)
+
+    @property
+    def subjects(self) -> list[str]:
+        """What was timed, floors apart; ours first."""
+        floors = {name for name, _, _ in self.floors}
+        return [name for name in self.samples if name not in floors]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, raw samples and figures included."""
-        known = {k: v for k, v in asdict(self).items() if k not in ("samples", "floors")}
+        known = {k: v for k, v in asdict(self).items() if k not in ("samples", "floors", "aims")}
         floors = [{"name": name, "kind": kind, "amount": amount} for name, kind, amount in self.floors]
         return {**known, "floors": floors, "subjects": [s.to_dict() for s in self.samples.values()], "figures": figures(self)}
 
@@ -92,10 +112,12 @@ def figures(row: Row) -> dict[str, Any]:
             "gflops": row.flops / ours.median / 1e6,
             "gbytes": row.bytes / ours.median / 1e6,
             "of_peak": row.flops / ours.median / 1e6 / peaks[row.dtype] if row.dtype in peaks else None,
+            "of_roof": row.bytes / ours.median / 1e6 / peaks["bytes"] if "bytes" in peaks else None,
             "over_floor": ours.median / least if least else None,
             "speed": {peer: row.samples[peer].median / ours.median for peer in timed},
             "best_peer": best,
         }
+        found[name]["aims"] = [{"aim": a.text, "reached": a.reached(found[name]), "met": a.met(found[name])} for a in row.aims]
     return found
 
 
@@ -112,6 +134,7 @@ class Runner:
             say(f"no bf16 peak: {error}")
         self.bandwidths = bandwidths()
         self._inductor_problem = "" if options.inductor else "not asked for"
+        self._inductor_works = False
 
     def limits(self) -> list[tuple[Floor, Samples]]:
         """Every floor, measured in turns."""
@@ -121,25 +144,26 @@ class Runner:
 
     def run(self, case: Case) -> Row:
         """One row. What the compiler refuses or gets wrong is a failed row, not the end of the run."""
-        row = Row(case.name, case.group, case.dtype, case.flops, case.bytes, tuple(name for name, _ in case.peers))
+        names, own = tuple(p.name for p in case.peers), tuple(p.name for p in case.peers if p.own)
+        row = Row(case.name, case.group, case.dtype, case.flops, case.bytes, names, own, case.aims)
         tensors = case.tensors()
         try:
             executables = self._executables(case, tensors, row)
         except ef.EinfallError as error:
             row.failed = str(error)
             return row
-        allowed = _allowed_error(case, tensors)
+        allowed = allowed_errors(case, tensors)
         subjects = []
         for name, executable in executables.items():
-            error = largest_error(case, tensors, executable(*tensors, **case.scalars))
-            row.kernels[name] |= {"error": error, "allowed_error": allowed}
-            if not error <= allowed:
-                row.failed = f"{name} is wrong: error {error:.3g}, allowed {allowed:.3g}"
+            errors = largest_errors(case, tensors, executable(*tensors, **case.scalars))
+            row.kernels[name] |= {"errors": errors, "allowed_errors": allowed}
+            row.failed = wrong(name, errors, allowed)
+            if row.failed:
                 return row
             subjects.append(Subject(name, lambda e=executable: e(*tensors, **case.scalars)))
-        subjects += [Subject(name, lambda f=function: f(*tensors)) for name, function in self._peers(case, tensors, row)]
+        subjects += self._peers(case, tensors, row, allowed)
         floors = [f for f in self.kernels if f.kind == case.dtype]
-        floors += [f for f in self.bandwidths if f.name == "read" and case.group == "fused"]
+        floors += [f for f in self.bandwidths if f.name == case.roof]
         row.floors = tuple((f.name, f.kind, f.amount) for f in floors)
         subjects += [f.subject for f in floors]
         row.samples = interleave(subjects, rounds=self.options.rounds, budget_s=self.options.budget_s, clock=self.options.clock)
@@ -160,23 +184,45 @@ class Runner:
                 executable = case.kernel.compile(*tensors, **case.scalars)
                 seconds = time.perf_counter() - start
             if name == TUNED and executable.schedule == found[DEFAULT].schedule:
+                row.same = True
                 continue
             found[name] = executable
             row.kernels[name] = {"schedule": executable.schedule.to_dict(), "facts": executable.facts, "compile_s": seconds}
         return found
 
-    def _peers(self, case: Case, tensors: Sequence[torch.Tensor], row: Row) -> list[tuple[str, Function]]:
-        peers = list(case.peers)
-        inductor = self._inductor(case, tensors, row)
-        if inductor is not None:
-            peers.append((INDUCTOR, inductor))
-        searched = self._metaschedule(case, row) if self.options.metaschedule else None
-        if searched is not None:
-            peers.append((METASCHEDULE, searched))
-        return peers
+    def _peers(self, case: Case, tensors: Tensors, row: Row, allowed: Sequence[float]) -> list[Subject]:
+        subjects = []
+        for peer in case.peers:
+            run = self._peer(case, peer, tensors, row, allowed)
+            if run is not None:
+                subjects.append(Subject(peer.name, run))
+        others = ((INDUCTOR, self._inductor(case, tensors, row)), (METASCHEDULE, self._metaschedule(case, row)))
+        return subjects + [Subject(name, lambda f=function: f(*tensors)) for name, function in others if function is not None]
+
+    def _peer(self, case: Case, peer: Peer, tensors: Tensors, row: Row, allowed: Sequence[float]) -> Callable[[], object] | None:
+        """The peer on its tensors, or None with the reason in the row.
+
+        A kernel of ours is checked as well, and has the best schedule that the database knows.
+        """
+        given = peer.arrange(tensors)
+        if not peer.own:
+            return lambda: peer.run(*given)
+        try:
+            with ef.configure(database=self.options.database):
+                executable = peer.run.compile(*given, **peer.scalars)
+        except ef.EinfallError as error:
+            row.skipped[peer.name] = str(error)
+            return None
+        problem = wrong(peer.name, largest_errors(case, tensors, executable(*given, **peer.scalars)), allowed)
+        if problem:
+            row.skipped[peer.name] = problem
+            return None
+        return lambda: executable(*given, **peer.scalars)
 
     def _metaschedule(self, case: Case, row: Row) -> Function | None:
-        """What MetaSchedule finds for f32 prefill attention, or None with the reason in the row."""
+        """What MetaSchedule finds for f32 prefill attention, or None with the reason in the row where it was asked for."""
+        if not self.options.metaschedule:
+            return None
         if case.group != "prefill" or case.dtype != "f32":
             row.skipped[METASCHEDULE] = "searched for f32 prefill attention only"
             return None
@@ -198,26 +244,44 @@ class Runner:
             compiled = torch.compile(case.eager, dynamic=False)
             try:
                 compiled(*tensors)
+                self._inductor_works = True
                 return compiled
             except Exception as error:  # whatever torch.compile or its C++ compiler raise, the other peers are still of interest
-                text = str(error).strip() or type(error).__name__
-                self._inductor_problem = text.splitlines()[0][:160]
-                self.say(f"torch.compile does not work here and is left out: {self._inductor_problem}")
+                row.skipped[INDUCTOR] = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+                self.say(f"torch.compile does not work here and is left out: {row.skipped[INDUCTOR]}")
+                if not self._inductor_works:  # then it will not for other rows
+                    self._inductor_problem = row.skipped[INDUCTOR]
+                return None
         row.skipped[INDUCTOR] = self._inductor_problem
         return None
 
 
-def largest_error(case: Case, tensors: Sequence[torch.Tensor], result: torch.Tensor) -> float:
-    """The largest distance of the checked slice from float64; NaN where one side is NaN alone."""
-    got, wanted = case.check(tensors, result)
-    distance = (got.double() - wanted).abs()
-    same = (got.double() == wanted) | (got.isnan() & wanted.isnan())
-    return float(torch.where(same, 0.0, distance).max())
+def largest_errors(case: Case, tensors: Tensors, results: Any) -> list[float]:
+    """For each result, the largest distance of the checked part from float64; NaN where one side is NaN alone."""
+    found = []
+    for part, right in case.check(tensors, as_tuple(results)):
+        got, wanted = part.double(), right.double()
+        same = (got == wanted) | (got.isnan() & wanted.isnan())
+        found.append(float(torch.where(same, 0.0, (got - wanted).abs()).max()))
+    return found
 
 
-def _allowed_error(case: Case, tensors: Sequence[torch.Tensor]) -> float:
-    """A few times what torch's own peer is off, or some roundings of the largest value."""
-    theirs = dict(case.peers).get("eager", case.peers[0][1])(*tensors)
-    _, wanted = case.check(tensors, theirs)
-    rounding = torch.finfo(theirs.dtype).eps * float(wanted.abs().max())
-    return max(TORCH_ERRORS * largest_error(case, tensors, theirs), ROUNDINGS * rounding)
+def allowed_errors(case: Case, tensors: Tensors) -> list[float]:
+    """For each result, a few times what torch's own peer is off, or some roundings of the largest value; nothing where it is exact."""
+    theirs = as_tuple(case.eager(*tensors))
+    found = []
+    for error, (part, right) in zip(largest_errors(case, tensors, theirs), case.check(tensors, theirs), strict=True):
+        if part.dtype in ROUNDINGS:
+            rounding = torch.finfo(part.dtype).eps * float(right.double().abs().max())
+            found.append(max(TORCH_ERRORS * error, ROUNDINGS[part.dtype] * rounding))
+        else:
+            found.append(0.0)
+    return found
+
+
+def wrong(name: str, errors: Sequence[float], allowed: Sequence[float]) -> str:
+    """What is wrong with results that are off by so much; empty if nothing is. A peer may give only the first results."""
+    for i, (error, most) in enumerate(zip(errors, allowed, strict=False)):
+        if not error <= most:
+            return f"{name} is wrong: result {i} is off by {error:.3g}, allowed {most:.3g}"
+    return ""

@@ -67,6 +67,14 @@ def test_the_budget_ends_a_run_but_three_rounds_are_kept(protocol):
     assert len(found["A"].ms) == 10
 
 
+def test_a_slow_subject_does_not_cost_a_quick_one_its_samples(protocol):
+    m = Machine()
+    subjects = [m.subject(protocol, "slow", 1000.0), m.subject(protocol, "quick", 10.0)]
+    found = protocol.interleave(subjects, rounds=20, warm_up_ms=1, budget_s=4.0, clock=m.clock)
+    assert len(found["slow"].ms) == 3 and len(found["quick"].ms) == 20
+    assert m.log[-23:] == ["slow", "quick"] * 3 + ["quick"] * 17
+
+
 def test_two_subjects_of_one_name_are_refused(protocol):
     m = Machine()
     with pytest.raises(ValueError, match="one name"):
