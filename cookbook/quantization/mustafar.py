@@ -13,7 +13,6 @@ from cookbook.quantization.common import outlying, relative
 from cookbook.recipe import Recipe, Step, serve
 
 WORD = 32  # channels in a word of the bitmap; two words are a tile of 64
-NONE = 1 << 20  # stands for the channel of a slot that k has in excess: after all others
 
 
 @ef.kernel
@@ -21,8 +20,8 @@ def compress(X: "b g p (w i=32)", *, k: int) -> ("b g p s", "b g p w"):
     """The k channels of largest magnitude of each token, in order of channel, and the bitmap that says which they are."""
     channels = X.join("w i", into="e")
     _, I = ef.abs(channels).topk("e", k=k, into="t")
-    order, _ = (-ef.where(I < 0, NONE, I)).sort("t", into="s")  # rising channels
-    V = channels.at(e=-order).where(-order < NONE)
+    order, _ = (-I).sort("t", into="s")  # rising channels
+    V = channels.at(e=-order)
     B = (1 << (I & 31)).scatter_add(t=I >> 5, into="w", size=ef.extent("w"))
     return V, B
 
