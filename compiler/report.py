@@ -79,6 +79,7 @@ class KernelReport:
             "origins": [{"name": o.name, "expr": print_expr(o.expr), "ranks": list(o.ranks)} for s in stages for o in s.origins],
             "inputs": list(self.plan.inputs),
             "outputs": list(self.plan.outputs),
+            "kept": list(self.plan.kept) if isinstance(self.plan, KernelPlan) else [],
             "traffic": None if self.traffic is None else [t.to_dict() for t in self.traffic],
             "traffic_bytes": self.traffic_bytes,
         }

@@ -73,6 +73,8 @@ def _kernel(kernel: KernelReport) -> list[str]:
     lines = [f"  {kind} {plan.name}: reads {', '.join(plan.inputs) or 'nothing'}, stores {', '.join(plan.outputs)}{moved}"]
     if not isinstance(plan, KernelPlan):
         lines += [f"    {line}" for s in plan.cascade.body for line in print_statement(s).splitlines()]
+    elif plan.kept:
+        lines.append(f"    keeps {', '.join(plan.kept)} for its own later streams, rather than summing again")
     for stage in plan.stages:
         lines.append(f"    stream {plan.stream}: {', '.join(r.out for r in stage.reductions)}")
         lines += [f"      where {print_expr(p)}" for p in stage.domain.predicates]

@@ -115,7 +115,19 @@ class _Solver:
         unknown = [rank for rank in self.cascade.all_ranks() if rank not in self.known]
         if unknown:
             raise self._underdetermined(unknown)
+        for statement in statements:
+            self._check_slots(statement)
         return self.known
+
+    def _check_slots(self, statement: Statement) -> None:
+        """A top-k of more elements than there are is a mistake of the caller: its slots would name elements outside of the tensor."""
+        match statement:
+            case Populate(rule="topk", into=into, over=over) if self.known[into] > self.known[over]:
+                raise BindingError(
+                    f"top-k keeps {into} = {self.known[into]} elements of rank {over}, which has extent {self.known[over]}",
+                    cascade=self.cascade.name, statement=statement.values, location=statement.location,
+                    hint=f"k of at most {self.known[over]}, or .sort(), which keeps all",
+                )  # fmt: skip
 
     def learn(self, rank: str, size: int, source: str) -> None:
         """Records an extent, or raises where it contradicts what is known."""

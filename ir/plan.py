@@ -112,9 +112,10 @@ class Stage:
 class KernelPlan:
     """One kernel: the stages that stream `stream` one after the other, then what is stored.
 
-    `inputs` are the tensors it reads: inputs of the cascade and what earlier kernels stored.`statements` are the
-    maps, inner reductions and scans along the stream that it computes on demand. `outputs` are what it stores; one that has the stream
-    rank is stored in a last stream over it.
+    `inputs` are the tensors it reads: inputs of the cascade and what earlier kernels stored. `statements` are the maps, inner
+    reductions and scans along the stream that it computes on demand. `outputs` are what it stores; one that has the stream rank is
+    stored in the first stream that can. `kept` are those among them that no one else reads: the kernel's later streams read them rather
+    than their operands.
     """
 
     name: str
@@ -123,6 +124,7 @@ class KernelPlan:
     statements: tuple[Einsum | Scan, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from ...ir.cascade import Cascade, Output, RankDecl, Scan, Tensor
 from ...ir.errors import ScheduleError, UnsupportedError
 from ...ir.expr import Cast, Const, Expr, Extent, Index, Scalar, reads, walk
-from ...ir.plan import KernelPlan
+from ...ir.plan import KernelPlan, Stage
 from ...ir.tile import Bounds, GridRank, Loop, Node, Store, TileOutput, TileProgram
 from ...ir.types import DType, f32, f64
 from ...schedules.default import default_tiles, tile_of
 from ...schedules.roles import Roles, kernel_roles
 from ...schedules.schedule import Schedule
+from ..passes.graph import dependencies
 from .share import (
     drop_dead,
     fold_scales,
@@ -79,26 +81,36 @@ class _KernelLowering:
         self.counter = 0
 
     def program(self) -> TileProgram:
-        """The whole kernel."""
+        """The whole kernel: its streams one after the other, each with what it can store on the way, then the rest."""
         v = self.values
+        stream = self.kernel.stream or ""
+        inside = [name for name in self.kernel.outputs if stream in v.cascade.tensor_ranks()[name]]
         for stage in self.kernel.stages:
             lowering = StageLowering(v, stage, self._final)
-            loop = lowering.loop()
+            now = [name for name in inside if self._may_store(name, stage)]
+            loop = lowering.loop(partial(self._stores, now))
             self.done.append(lowering)
             self._append_loop(loop)
-        inside = [name for name in self.kernel.outputs if self.kernel.stream in v.cascade.tensor_ranks()[name]]
+            v.stored.update(name for name in now if v.statements[name].op is not None)
+            inside = [name for name in inside if name not in now]
         for name in self.kernel.outputs:
-            if name not in inside:
+            if stream not in v.cascade.tensor_ranks()[name]:
                 v.outer.nodes.append(self._store(name))
         if inside:
             v.body, v.inside = Section(), set()
             for name in inside:
                 v.body.nodes.append(self._store(name))
             nodes, carried, v.body = tuple(v.body.nodes), tuple(v.body.carried), None
-            stream = self.kernel.stream or ""
             whole = Bounds(Const(0), Const(0), Extent(stream), Extent(stream))
             self._append_loop(Loop(stream, v.size(stream), (), whole, carried, nodes))
         return self._finish()
+
+    def _may_store(self, name: str, stage: Stage) -> bool:
+        """Whether the stream of `stage` can store `name`: it visits every element, and nothing that it or a later one sums is needed."""
+        if name in self.kernel.kept:
+            return True
+        later = {r.out for s in self.kernel.stages if s.index >= stage.index for r in s.reductions}
+        return not stage.domain.predicates and not later & dependencies(self.cascade)[name]
 
     # values ------------------------------------------------------------------------------------------------------------
 
@@ -109,6 +121,9 @@ class _KernelLowering:
 
     def _final_mode(self) -> Mode:
         return Mode(self._final)
+
+    def _stores(self, names: list[str]) -> list[Store]:
+        return [self._store(name) for name in names]
 
     def _store(self, name: str) -> Store:
         v = self.values

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...ir.expr import Const, Expr, Extent, Masked, Op, Read, Seen, Start, Tile, rewrite, walk
+from ...ir.infer import expression_ranks
 from ...ir.plan import Origin, Stage, State
-from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce
+from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Store
 from ...ir.types import DType, f32, i32
 from ..passes.stream_reductions import in_flight, rebuild
 from .bounds import loop_bounds
@@ -46,8 +47,8 @@ class StageLowering:
         self.by_reduction = {v.reduction: v for v in stage.values}
         self.states = {s.name: s for s in stage.states}
 
-    def loop(self) -> Loop:
-        """The stage as a loop over the stream."""
+    def loop(self, stores: Callable[[], list[Store]]) -> Loop:
+        """The stage as a loop over the stream; `stores` gives what is stored in it."""
         v = self.values
         v.body, v.inside = Section(), set()
         for state in self.stage.states:
@@ -60,6 +61,7 @@ class StageLowering:
                 self._prepare_origins(state)
             for state in owned:
                 self._update(state)
+        v.body.nodes.extend(stores())
         bounds = loop_bounds(self.stream, conditions, self._tile_or_whole, lambda e: not v.type_of(e).is_float)
         body, carried = v.body.nodes, (*self.progress.carried, *v.body.carried)
         v.body = None
@@ -200,21 +202,37 @@ class StageLowering:
         found = None
         if self._dtype(state) == f32:
             found = find_contraction(summand, ranks, over, v.tiles, v.size)
-        if found is None:
+        sides = None if found is None else self._masked_sides(found.left, found.right, where)
+        if sides is None:
             masked = mask_sum(summand, where, self._finite())
             if where is not None and len(factors(masked)) > 1:  # a factor beside the exponential may hide a NaN where the mask is off
                 masked = Op("where", (where, masked, Const(0.0)))
             part = self._reduce(state, f"{state.name}_tile", masked, self._dtype(state))
             self._map(new, ranks, Op("add", (previous, part)), self._dtype(state), state.name)
             return
-        left, right = found.left, found.right
-        if _has_exponential(right) or (not _has_exponential(left) and self._elements(right) < self._elements(left)):
-            left, right = right, left
-        left = mask_sum(left, where, self._finite())
-        a = v.operand(left, f"{state.name}_lhs", v.body or v.outer)
-        b = v.operand(right, f"{state.name}_rhs", v.body or v.outer)
+        a = v.operand(sides[0], f"{state.name}_lhs", v.body or v.outer)
+        b = v.operand(sides[1], f"{state.name}_rhs", v.body or v.outer)
         v.declare(new, ranks)
         self._emit(Dot(new, ranks, over, a, b, previous, None, contraction_type(state.summand, v.input_types()), note=state.name))
+
+    def _masked_sides(self, left: Expr, right: Expr, where: Expr | None) -> tuple[Expr, Expr] | None:
+        """Both sides of a contraction, 0 on one of them outside the domain; None if no side has the ranks of the predicate.
+
+        A predicate that looks at values may hide such as are not finite, so it is laid on every side that it can be.
+        """
+        if _has_exponential(right) or (not _has_exponential(left) and self._elements(right) < self._elements(left)):
+            left, right = right, left
+        if where is None:
+            return mask_sum(left, None, self._finite()), right
+        ranks = set(expression_ranks(where, self.values.tiles))
+        able = [ranks <= set(expression_ranks(side, self.values.tiles)) for side in (left, right)]
+        if not any(able):
+            return None
+        left = mask_sum(left, where if able[0] else None, self._finite())
+        looks = any(isinstance(n, (Read, Tile)) for n in walk(where))
+        if able[1] and (looks or not able[0]):
+            right = Op("where", (where, right, Const(0.0)))
+        return left, right
 
     def _finite(self) -> frozenset[Expr]:
         """The tiles that are finite in every row: the origins."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
-from ...ir.cascade import Cascade, Einsum, Scan
+from ...ir.cascade import Cascade, Einsum, Scan, expressions
 from ...ir.errors import UnsupportedError
-from ...ir.expr import Cast, Const, Expr, Extent, Masked, Op, Read, Tile, children, walk, with_children
+from ...ir.expr import Cast, Const, Expr, Extent, Masked, Op, Read, Tile, children, reads, walk, with_children
 from ...ir.infer import declared_types, expression_ranks, expression_type
 from ...ir.plan import KernelPlan
 from ...ir.tile import Dot, LoopState, Map, Node, Reduce
 from ...ir.tile import Scan as ScanTile
-from ...ir.types import DType, f32, i32
+from ...ir.types import DType, f32, i32, i64
 from .contractions import contraction_type, find_contraction, is_plain
 
 INTEGER_IDENTITY = {"sum": Const(0), "prod": Const(1), "max": Const(-(2**31)), "min": Const(2**31 - 1)}
@@ -52,6 +54,8 @@ class Values:
         self.resident = resident
         self.types = declared_types(cascade)
         self.statements = {s.out: s for s in kernel.statements}
+        self.uses = Counter(r.tensor for e in kernel_expressions(kernel) for r in reads(e))
+        self.stored: set[str] = set()  # what an earlier loop of the kernel stored, and later ones read
         self.streamed = {r.out for stage in kernel.stages for r in stage.reductions}
         self.outer = Section()
         self.body: Section | None = None
@@ -86,10 +90,12 @@ class Values:
         return name
 
     def type_of(self, e: Expr) -> DType:
-        """The type in which `e` is held in a tile: f32 for floats, i32 for integers, bool."""
-        t, _ = expression_type(e, {**self.types, **self.tile_types})
+        """The type in which `e` is held in a tile: f32 for floats, i32 for integers but i64, bool."""
+        t, weak = expression_type(e, {**self.types, **self.tile_types})
         if t.is_float:
             return f32
+        if t == i64 and not weak:
+            return i64
         return t if t.kind == "bool" else i32
 
     # sections ----------------------------------------------------------------------------------------------------------
@@ -129,12 +135,13 @@ class Values:
     def convert(self, e: Expr, mode: Mode) -> Expr:
         """`e` with intermediates replaced by tiles, streamed reductions by their values in `mode`."""
         match e:
-            case Read(tensor=tensor) if tensor in self.statements:
+            case Read(tensor=tensor) if tensor in self.statements and tensor not in self.stored:
                 s = self.statements[tensor]
                 if isinstance(s, Scan):
                     return self.scan(s, mode)
                 if s.op is None:
-                    return self.convert(self.masked_map(s), mode)
+                    value = self.convert(self.masked_map(s), mode)
+                    return self.materialize(value, tensor, tensor) if self.uses[tensor] > 1 and is_large(value) else value
                 return self.inner(s, mode)
             case Read(tensor=tensor) if tensor in self.streamed:
                 return mode.value(tensor)
@@ -225,6 +232,23 @@ class Values:
         """An error at a statement of the cascade."""
         location = next((s.location for s in self.cascade.body if getattr(s, "out", None) == statement), None)
         return UnsupportedError(what, cascade=self.cascade.name, statement=statement, location=location)
+
+
+LARGE = 64
+
+
+def is_large(e: Expr) -> bool:
+    """Whether writing `e` out wherever it is read would make expressions grow without end."""
+    return sum(1 for _ in islice(walk(e), LARGE + 1)) > LARGE
+
+
+def kernel_expressions(kernel: KernelPlan) -> Iterator[Expr]:
+    """The expressions of a kernel's statements and summands."""
+    for s in kernel.statements:
+        yield from expressions(s)
+    for stage in kernel.stages:
+        for r in stage.reductions:
+            yield from expressions(r)
 
 
 def summand_is_float(t: DType) -> bool:

@@ -15,15 +15,18 @@ from dataclasses import dataclass, field, replace
 
 from ...ir.cascade import Cascade, Einsum, Iterate, Scan, Statement, defined
 from ...ir.errors import UnsupportedError
-from ...ir.expr import reads
+from ...ir.expr import Expr, Op, Read, aligned, children, reads
+from ...ir.infer import declared_types
 from ...ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan, Rejected, Stage, Step
-from .graph import definitions, dependencies
+from .graph import conjuncts, definitions, dependencies
 from .stream_reductions import Streamer
 from .whole_tensors import Computed, behind, one_step, single, whole_tensors
 
 RESIDENT_LIMIT, SHORT_LIMIT = 1024, 64
 INNER_LIMIT = 1 << 14
-SHARED_LIMIT = 256
+SHARED_LIMIT = 1024
+SHARING_ROWS, STORED_BYTES = 64, 4  # rows of a task that share a streamed operand; bytes of a stored element
+FEW = 8  # a rank of so few elements is no stream if there is another
 REPEATED_SIZE, REPEATED_LIMIT = 16, 512  # elements of an inner reduction, elements of the ranks that repeat it
 
 
@@ -65,6 +68,7 @@ class _Partitioner:
         self.plan = plan
         self.sizes = {**cascade.solve_sizes(sizes)}
         self.static = cascade.static_sizes()
+        self.types = declared_types(cascade)
         self.repeat = repeat
         self.table = definitions(cascade)
         self.depends = dependencies(cascade)
@@ -80,7 +84,9 @@ class _Partitioner:
         roots = [name for name in dict.fromkeys((*(o.name for o in self.cascade.outputs), *self.whole)) if name not in made | given]
         careful = False
         while True:
-            grown = [self._grow(group, i) for i, group in enumerate(self._group(roots, careful=careful))]
+            groups = self._group(roots, careful=careful)
+            elsewhere = {name: group for group in groups for name in group.roots}
+            grown = [self._grow(group, i, elsewhere) for i, group in enumerate(groups)]
             missing = [name for _, needs in grown for name in needs if name not in roots]
             if not missing:
                 steps = self._sorted([*(plan for plan, _ in grown), *library], again=careful)
@@ -144,12 +150,22 @@ class _Partitioner:
         for r in last:
             candidates.update({rank: None for rank in over(r) if isinstance(r, Scan) or not self._is_short(rank, mine)})
         free = [rank for rank in candidates if not any(self._feeds(rank, r) for r in last if rank not in over(r))]
+        if candidates and all(self.sizes.get(rank, INNER_LIMIT) <= FEW for rank in candidates):
+            last_stream = self._last_stream(root)
+            if last_stream is not None:
+                return last_stream
         ranked = sorted(free or candidates, key=lambda rank: -self.sizes.get(rank, INNER_LIMIT))
         chosen = ranked[0] if ranked else None
         shaped = {rank for r in last if chosen in over(r) for rank in (*r.ranks, *over(r))}
         if chosen is not None and any(rank not in shaped and not self._is_short(rank, mine) for rank in mine):
             return None  # a map along a rank of its own: others store the reductions that it reads
         return chosen
+
+    def _last_stream(self, root: str) -> str | None:
+        """A long rank of `root` that reductions before it run over: it can be stored when these are done, in a last stream."""
+        reduced = {rank for n in self.depends[root] if isinstance(s := self.table.get(n), Einsum) and s.op is not None for rank in s.over}
+        found = [rank for rank in self._ranks(root) if rank in reduced and self.sizes.get(rank, INNER_LIMIT) > FEW]
+        return max(found, key=lambda rank: self.sizes.get(rank, INNER_LIMIT), default=None)
 
     def _is_short(self, rank: str, stored: Container[str]) -> bool:
         """Whether a rank of constant size is held whole rather than streamed: a block, a group, a window."""
@@ -180,7 +196,7 @@ class _Partitioner:
 
     # the statements ------------------------------------------------------------------------------------------------------
 
-    def _grow(self, group: _Group, index: int) -> tuple[KernelPlan, list[str]]:
+    def _grow(self, group: _Group, index: int, elsewhere: Mapping[str, _Group]) -> tuple[KernelPlan, list[str]]:
         reductions: dict[str, None] = {}
         statements: dict[str, Einsum | Scan] = {}
         inputs: dict[str, None] = {}
@@ -191,6 +207,9 @@ class _Partitioner:
                 return
             s = self.table.get(name)
             if not isinstance(s, Computed) or (name in self.whole and name not in group.roots):
+                inputs[name] = None
+                return
+            if self._is_read(name, group, elsewhere):
                 inputs[name] = None
                 return
             streamed = isinstance(s, Einsum) and s.op is not None and group.stream in s.over
@@ -214,7 +233,56 @@ class _Partitioner:
             stages = Streamer(self._without(inputs), group.stream, names, online=group.stream not in self.repeat).stages()
         ordered = tuple(statements[n] for n in sorted(statements, key=self.order.__getitem__))
         name = self.cascade.name if index == 0 else f"{self.cascade.name}_{index}"
-        return KernelPlan(name, group.stream, stages, ordered, tuple(inputs), tuple(group.roots)), missing
+        kept = tuple(s.out for s in ordered if group.stream and self._is_kept(s, group, stages, inputs))
+        outputs = tuple(dict.fromkeys((*group.roots, *kept)))
+        return KernelPlan(name, group.stream, stages, ordered, tuple(inputs), outputs, kept), missing
+
+    def _is_read(self, name: str, group: _Group, elsewhere: Mapping[str, _Group]) -> bool:
+        """Whether a result that another kernel stores is read rather than worked out again: it takes a reduction to have it."""
+        other = elsewhere.get(name)
+        if other is None or other is group or any(root in self.depends[o] for root in group.roots for o in other.roots):
+            return False
+        return any(isinstance(s := self.table.get(n), Computed) and s.op is not None for n in (name, *self.depends[name]))
+
+    def _is_kept(self, s: Einsum | Scan, group: _Group, stages: tuple[Stage, ...], inputs: Container[str]) -> bool:
+        """Whether a product that several streams of the kernel need is better stored by the first than summed again by the others.
+
+        It is where writing and reading it moves less than reading its operands again: when few rows share them.
+        """
+        stream = group.stream or ""
+        if not isinstance(s, Einsum) or s.op != "sum" or stream not in s.ranks or s.out in group.roots:
+            return False
+        streams = [{r.out for r in stage.reductions} for stage in stages]
+        streams.append({root for root in group.roots if stream in self._ranks(root)})
+        if sum(any(s.out in self.depends[name] for name in names) for names in streams) < 2:
+            return False
+        if not all(self._within(name, s.out, stages[0].domain.predicates) for names in streams[1:] for name in names):
+            return False
+        operands = [r.tensor for r in reads(s.expr)]
+        lacking = [r for r in s.ranks if r != stream and any(stream in self._ranks(t) and r not in self._ranks(t) for t in operands)]
+        rows = min(SHARING_ROWS, math.prod(self.sizes.get(r, SHARING_ROWS) for r in lacking))
+        again = sum(self._bytes_along(t, s.over) for t in dict.fromkeys(operands) if stream in self._ranks(t) and t in inputs)
+        return 2 * STORED_BYTES * rows < again
+
+    def _within(self, name: str, kept: str, domain: tuple[Expr, ...]) -> bool:
+        """Whether `name` depends on `kept` only at points that satisfy `domain`, where the first stream has been."""
+
+        def used(e: Expr, known: tuple[Expr, ...]) -> bool:
+            match e:
+                case Op(name="where", args=(c, a, b)):
+                    return used(c, known) and used(a, (*known, *conjuncts(c))) and used(b, known)
+                case Read(tensor=tensor) if tensor == kept:
+                    return set(domain) <= set(known)
+                case Read(tensor=tensor) if isinstance(s := self.table.get(tensor), Computed) and kept in self.depends[tensor]:
+                    return used(s.expr, (*known, *conjuncts(s.where)))
+                case _:
+                    return all(used(child, known) for child in children(e))
+
+        return not domain or used(aligned(name, *self._ranks(name)), ())
+
+    def _bytes_along(self, tensor: str, ranks: tuple[str, ...]) -> float:
+        """The bytes of `tensor` along `ranks`, at one index of the others."""
+        return math.prod(self.sizes.get(r, 1) for r in self._ranks(tensor) if r in ranks) * self.types[tensor].bytes
 
     def _inner(self, s: Einsum | Scan, group: _Group) -> bool:
         """Whether the reduction can be done within a tile of the kernel, and is not done over and over by tasks that all need it.
@@ -229,7 +297,7 @@ class _Partitioner:
             return False
         if any(rank not in self.static and self._chained(rank, s) for rank in s.over):
             return False
-        apart = all(rank not in group.ranks or self._is_short(rank, group.ranks) for rank in s.over)
+        apart = all(rank not in group.ranks or self._is_short(rank, group.ranks) or self.sizes.get(rank, FEW + 1) <= FEW for rank in s.over)
         return size <= INNER_LIMIT and apart and group.stream not in s.over
 
     def _chained(self, rank: str, s: Einsum) -> bool:

@@ -24,7 +24,7 @@ from ...ir.expr import Const, Expr, Extent, Index, Op, Read, aligned, rewrite, w
 from ...ir.infer import expression_ranks
 from .graph import at_coordinates, definitions, drop_unused, fresh, map_expressions
 
-LIMIT = 256
+LIMIT = 64
 STORED = 16  # what an element costs that is stored and read again, in operations
 
 
