@@ -190,7 +190,7 @@ def train(
     model: Decoder, data: torch.Tensor, *, steps: int = 350, batch: int = 8, length: int = 320,
     seed: int = 0, report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:  # fmt: skip
-    """Trains for `steps` steps, half of each batch text and half text that ends in a quotation. Returns the seconds of processor time it took."""
+    """Trains, half of each batch being text and half text that ends in a quotation. Returns the seconds of processor time it took."""
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
@@ -200,7 +200,7 @@ def train(
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 10, 1.2 * (1 - s / steps) + 0.02)) for o in optimizers]
-    began = time.process_time()
+    start_s = time.process_time()
     for step in range(steps):
         places = torch.randint(0, len(data) - length - 1, (batch,), generator=generator)
         text = torch.stack([data[i : i + length + 1] for i in places.tolist()])
@@ -214,4 +214,4 @@ def train(
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
         report(step, float(loss.detach()))
-    return time.process_time() - began
+    return time.process_time() - start_s

@@ -27,13 +27,14 @@ def bit(n):
 
 @ef.kernel
 def ancestors(parent: "b m") -> ("b m", "b m"):
-    """The path A of each node, bit n for node n, itself included, and its depth. Six doublings reach over 64 levels."""
+    """The path A of each node, bit n for node n, itself included, and its depth. Five doublings reach over 64 levels."""
 
     def double(A, J):
-        up = ef.maximum(J, 0)
-        return {"A": ef.where(J < 0, A, A | A.at(m=up)), "J": ef.where(J < 0, J, J.at(m=up))}
+        """A is the path over so many levels, J the node so many levels up: twice as many."""
+        return {"A": A | A.at(m=J), "J": J.at(m=J)}
 
-    A, _ = ef.iterate("level", init=double(bit(ef.index("m")), parent), step=double, size=5)
+    up = ef.maximum(parent, 0)  # the root is its own parent
+    A, _ = ef.iterate("level", init={"A": bit(up) | bit(ef.index("m")), "J": up.at(m=up)}, step=double, size=5)
     depth = ef.popcount(A) - 1
     return A, depth
 
