@@ -1,5 +1,8 @@
 """What is emitted has the target's distribution; the trees' decisions against walks from node to node."""
 
+import re
+from pathlib import Path
+
 import einfall as ef
 import pytest
 import torch
@@ -209,3 +212,13 @@ def test_an_accepted_node_below_a_rejected_one_does_not_stand(rule):
     A = torch.tensor([[bits(0), bits(0, 1), bits(0, 1, 2), bits(0, 3)]])
     node, N, Y = pick(tree.greedy, rule)(Z, X, parent, A)
     assert (int(node), int(N), int(Y)) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("module", [speculative, tree], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_cascades_on_the_page_are_those_of_the_recipe(module):
+    page = Path(module.__file__).with_suffix(".md").read_text(encoding="utf-8")
+    shown = re.findall(r"```cascade\n(.*?)```", page, re.DOTALL)
+    assert shown
+    wide = {"greedy": {"A": ef.i64}, "typical": {"A": ef.i64}}
+    texts = {str(step.kernel.trace(dtypes=wide.get(step.name))).strip() for step in module.RECIPE.steps}
+    assert {text.strip() for text in shown} <= texts
