@@ -47,7 +47,8 @@ def _emit_stream(kernel: Kernel, stream: Stream, loops: tuple[Active, ...], out:
     parts = partition(stream.body, kernel.info)
     low, high, runs = _runs(kernel, stream, loops, out)
     for run in runs:
-        variable = ts.name(kernel.names.fresh("j", loop.rank), "int64")
+        counted = "int32" if run.first.number is not None and run.last.number is not None else "int64"  # TVM types it by the bounds
+        variable = ts.name(kernel.names.fresh("j", loop.rank), counted)
         start = Value(kernel.names.fresh("s", loop.rank), "int64")
         body: list[Statement] = [Let(start.text, as_int64(ts.mul(variable, tile)))]
         active = Active(loop, start)

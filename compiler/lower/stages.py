@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...ir.expr import Const, Expr, Extent, Masked, Op, Read, Seen, Start, Tile, rewrite, walk
-from ...ir.infer import expression_ranks
 from ...ir.plan import Origin, Stage, State
 from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Store
 from ...ir.types import DType, f32, i32
@@ -224,8 +223,8 @@ class StageLowering:
             left, right = right, left
         if where is None:
             return mask_sum(left, None, self._finite()), right
-        ranks = set(expression_ranks(where, self.values.tiles))
-        able = [ranks <= set(expression_ranks(side, self.values.tiles)) for side in (left, right)]
+        v = self.values
+        able = [set(v.ranks_of(where)) <= set(v.ranks_of(side)) for side in (left, right)]
         if not any(able):
             return None
         left = mask_sum(left, where if able[0] else None, self._finite())

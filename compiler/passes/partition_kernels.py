@@ -164,7 +164,8 @@ class _Partitioner:
     def _last_stream(self, root: str) -> str | None:
         """A long rank of `root` that reductions before it run over: it can be stored when these are done, in a last stream."""
         reduced = {rank for n in self.depends[root] if isinstance(s := self.table.get(n), Einsum) and s.op is not None for rank in s.over}
-        found = [rank for rank in self._ranks(root) if rank in reduced and self.sizes.get(rank, INNER_LIMIT) > FEW]
+        mine = self._ranks(root)
+        found = [rank for rank in mine if rank in reduced and self.sizes.get(rank, INNER_LIMIT) > FEW and not self._is_short(rank, mine)]
         return max(found, key=lambda rank: self.sizes.get(rank, INNER_LIMIT), default=None)
 
     def _is_short(self, rank: str, stored: Container[str]) -> bool:
