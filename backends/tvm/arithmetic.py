@@ -16,8 +16,10 @@ ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 IMPORTED = ("exp", "exp2", "log", "log2", "tanh", "sigmoid")
 LIBRARY = ("erf", "log1p", "sin", "cos")
-_ADDS_LITERAL = re.compile(r"[+-] \(?T\.(broadcast\(T\.)?float")
-DIFFER = {"float32": "differ", "float64": "differ64"}
+_LITERAL = re.compile(r"(T\.broadcast\()?T\.float\d+\([^()]*\)(, \d+\))?")
+_ZERO = re.compile(r"(T\.broadcast\()?T\.float\d+\(-?0\.0\)(, \d+\))?")
+_ADDS_LITERAL = re.compile(r"[+-] \(?T\.(broadcast\(T\.)?float|T\.float\d+\([^)]*\)(, \d+\))? [+-]")
+FLOAT_COMPARISONS = {"==": "feq", "!=": "fne", "<": "flt", "<=": "fle", ">": "fgt", ">=": "fge"}
 WRAPPING = {"add": "wadd", "sub": "wsub", "mul": "wmul"}
 ROUNDING = {"floor": "floor", "ceil": "ceil", "round": "nearbyint", "trunc": "trunc"}
 BITS = {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor"}
@@ -48,13 +50,16 @@ def _literal(number: float | int | bool, dtype: str) -> float | int | bool:
 
 
 def _simplified(name: str, a: Value, b: Value) -> bool:
-    """Whether TVM would compute a sum as of real numbers: x - x, (x + c) - c. It must not see such."""
-    if name == "mul":
-        return any(v.number == 0 for v in (a, b))
+    """Whether TVM would compute as with real numbers: x - x, (x + c) - c, 0 / x. It must not see such."""
+    if any(_ZERO.fullmatch(v.text) for v in (a, b)):
+        return True
+    if name in ("mul", "div"):
+        return a.text == b.text and name == "div"
     for x, y in ((a, b), (b, a)):
-        if x.number is not None and _ADDS_LITERAL.search(y.text):
-            return True
-        if x.number is None and re.search(rf"(?<!\w){re.escape(x.text)}(?!\w)", y.text):
+        if _LITERAL.fullmatch(x.text):
+            if _ADDS_LITERAL.search(y.text):
+                return True
+        elif re.search(rf"(?<!\w){re.escape(x.text)}(?!\w)", y.text):
             return True
     return False
 
@@ -93,8 +98,8 @@ class Arithmetic:
             return ts.constant(_literal(v.number, dtype), dtype)
         if dtype == "bool":
             zero = ts.broadcast(ts.constant(0, v.dtype), v.lanes)
-            if v.dtype in ts.FLOATS:  # TVM's own test is false for NaN
-                return self.cast(self.helper(DIFFER[v.dtype], v, zero, dtype="int32"), "bool")
+            if v.dtype in ts.FLOATS:
+                return self.compare("!=", v, zero)
             return Value(f"{v.text} != {zero.text}", "bool", v.lanes, binding=ts.OTHER)
         if v.dtype == "bool":
             one, zero = (ts.broadcast(ts.constant(x, dtype), v.lanes) for x in (1, 0))
@@ -132,6 +137,8 @@ class Arithmetic:
     def compare(self, symbol: str, a: Value, b: Value) -> Value:
         """A comparison as a bool."""
         x, y = self.unify(a, b)
+        if x.dtype in ts.FLOATS:
+            return self.cast(self.helper(f"{FLOAT_COMPARISONS[symbol]}_{x.dtype}", x, y, dtype="int32"), "bool")
         return Value(f"{ts.wrapped(x, ts.SUM)} {symbol} {ts.wrapped(y, ts.SUM)}", "bool", x.lanes, binding=ts.OTHER)
 
     def select(self, condition: Value, a: Value, b: Value) -> Value:
@@ -155,9 +162,6 @@ class Arithmetic:
         wide = self._beyond(name, args)
         if wide is not None:
             return wide
-        if name == "ne" and any(a.dtype in ts.FLOATS for a in args):  # TVM's own test is false for NaN
-            a, b = self.unify(*args)
-            return self.cast(self.helper(DIFFER[a.dtype], a, b, dtype="int32"), "bool")
         if name in COMPARISONS:
             return self.compare(COMPARISONS[name], args[0], args[1])
         if name in TESTS:
@@ -175,7 +179,7 @@ class Arithmetic:
             a, b = self.unify(*args)
             if a.dtype not in ts.FLOATS:
                 a, b = self.cast(a, "float32"), self.cast(b, "float32")
-            return self._infix("/", a, b)
+            return self.helper(f"fdiv_{a.dtype}", a, b, dtype=a.dtype) if _simplified("div", a, b) else self._infix("/", a, b)
         if name == "pow":
             return self._power(args)
         operands = self.unify(*args)
@@ -210,7 +214,8 @@ class Arithmetic:
                 return self.helper(f"f{name}_{a.dtype}", a, b, dtype=a.dtype)
             return self._infix(ARITHMETIC[name], a, b)
         if name in ("minimum", "maximum") and b is not None:
-            return Value(f"T.{name[:3]}({a.text}, {b.text})", a.dtype, a.lanes)
+            operands = (b, a) if _LITERAL.fullmatch(b.text) else (a, b)
+            return self.helper(f"{name}_{a.dtype}", *operands, dtype=a.dtype)
         if name == "neg":  # 0 - x loses the sign of zero
             return self._infix("*", a, ts.broadcast(ts.constant(-1, a.dtype), a.lanes))
         if name == "abs":
@@ -222,7 +227,7 @@ class Arithmetic:
         if name in ROUNDING:
             return Value(f"T.{ROUNDING[name]}({a.text})", a.dtype, a.lanes)
         if name in ("floordiv", "mod") and b is not None:
-            return self._division(name, a, b)
+            return self.helper(f"{'quotient' if name == 'floordiv' else 'remainder'}_{a.dtype}", a, b, dtype=a.dtype)
         raise self._unknown(name, "floats", "cast to an integer type, or take the bits with .bitcast")
 
     def _integer(self, name: str, data: bool, a: Value, b: Value | None = None) -> Value:
@@ -279,17 +284,6 @@ class Arithmetic:
             return self.cast(Value(f"T.bitwise_xor({x.text}, {y.text})", "int8", a.lanes), "bool")
         raise self._unknown(name, "bools", "cast to an integer first")
 
-    def _division(self, name: str, a: Value, b: Value) -> Value:
-        """The quotient rounded down, or the remainder with the divisor's sign."""
-        if name == "floordiv":
-            return Value(f"T.floor({self._infix('/', a, b).text})", a.dtype, a.lanes)
-        rest = self.helper("fmod", self.cast(a, "float32"), self.cast(b, "float32"), dtype="float32")
-        zero = ts.broadcast(ts.constant(0, "float32"), rest.lanes)
-        below = f"T.And({rest.text} < {zero.text}, {b.text} > {zero.text})"
-        above = f"T.And({rest.text} > {zero.text}, {b.text} < {zero.text})"
-        other = f"T.Or({below}, {above})"
-        return Value(f"T.Select({other}, {rest.text} + {b.text}, {rest.text})", "float32", rest.lanes)
-
     def _float(self, name: str, x: Value) -> Value:
         if name == "sqrt":
             return Value(f"T.sqrt({x.text})", x.dtype, x.lanes)
@@ -297,27 +291,31 @@ class Arithmetic:
             one = ts.broadcast(ts.constant(1, x.dtype), x.lanes)
             return self._infix("/", one, Value(f"T.sqrt({x.text})", x.dtype, x.lanes))
         if x.dtype == "float64":
-            if name in ("exp", "exp2", "log", "log2", "sin", "cos", "tanh"):
-                return Value(f"T.{name}({x.text})", x.dtype, x.lanes)
-            raise UnsupportedError(f"the CPU backend has no {name!r} of f64", statement=self.statement, hint="cast to f32 first")
+            if name == "sigmoid":
+                power = self._float("exp", self._infix("*", x, ts.broadcast(ts.constant(-1, x.dtype), x.lanes)))
+                one = ts.broadcast(ts.constant(1, x.dtype), x.lanes)
+                return self._infix("/", one, self._infix("+", power, one))
+            if name in ("tanh", "erf", "log1p"):
+                return self.helper(f"{name}64", x, dtype="float64")
+            return Value(f"T.{name}({x.text})", x.dtype, x.lanes)
         return self.helper(name, x, dtype="float32")
 
     def _power(self, args: list[Value]) -> Value:
+        """Small whole exponents multiply; a square root is one but for -inf and -0, whose power of a half is inf and 0."""
         base, exponent = args
-        number = exponent.number
-        if number is not None and not isinstance(number, bool) and number in (1, 2, 3, 4):
+        number = exponent.number if not isinstance(exponent.number, bool) else None
+        if number is not None and number in (1, 2, 3, 4):
             result = base = base if base.dtype != "bool" else self.cast(base, "int32")
             for _ in range(int(number) - 1):
                 result = self._operation("mul", [result, base])
             return result
         a, b = self.unify(base, exponent)
-        if a.dtype == "float32":
-            if number == 0.5:
-                return Value(f"T.sqrt({a.text})", a.dtype, a.lanes)
-            return self.helper("pow", a, b, dtype="float32")
-        raise UnsupportedError(
-            f"the CPU backend has no power of {a.dtype} by this exponent", statement=self.statement, hint="cast to f32 first"
-        )
+        if a.dtype not in ts.FLOATS:
+            raise self._unknown("pow", f"{a.dtype} by this exponent", "cast to f32 first, or multiply")
+        if number in (0.5, -0.5):
+            root = self.helper(f"root_{a.dtype}", a, dtype=a.dtype)
+            return root if number == 0.5 else self._infix("/", ts.broadcast(ts.constant(1, a.dtype), a.lanes), root)
+        return self.helper("pow" if a.dtype == "float32" else "pow64", a, b, dtype=a.dtype)
 
     def bind(self, v: Value, wanted: str, out: list[Statement]) -> Value:
         """`v` under a name, so that its text is not repeated."""

@@ -75,6 +75,15 @@ class Ir:
     def real(self, value: float) -> str:
         return _hex(value).removeprefix("float ") if self.lanes == 1 else "<" + ", ".join([_hex(value)] * self.lanes) + ">"
 
+    def number(self, element: str, value: float) -> str:
+        """A float in all lanes, of a type and value that decimals spell exactly."""
+        return repr(value) if self.lanes == 1 else "<" + ", ".join([f"{element} {value!r}"] * self.lanes) + ">"
+
+    def infinity(self, element: str, sign: str = "") -> str:
+        """Infinity in all lanes."""
+        text = "0xFFF0000000000000" if sign == "-" else "0x7FF0000000000000"
+        return text if self.lanes == 1 else "<" + ", ".join([f"{element} {text}"] * self.lanes) + ">"
+
     def whole(self, value: int) -> str:
         return self.constant("i32", value)
 

@@ -9,9 +9,11 @@ from . import script as ts
 from .arithmetic import compute_type
 from .evaluate import Active, Point
 from .kernel import Kernel, Nest
-from .reductions import combine, identity
+from .reductions import identity
 from .script import Alloc, Comment, Set, Statement, Value
 from .stores import write_tile
+
+COMBINE = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum"}
 
 
 def emit_scan(kernel: Kernel, scan: Scan, loops: tuple[Active, ...], out: list[Statement]) -> None:
@@ -68,7 +70,7 @@ def _one_after_the_other(kernel: Kernel, scan: Scan, carried: Value, at: Point, 
     x = kernel.evaluator.bind(_element(kernel, scan, carried.dtype, at, out), scan.dst, out)
     if scan.exclusive:
         _write(kernel, scan, carried, at, out)
-    out.append(Set(carried, combine(scan.op, carried, x)))
+    out.append(Set(carried, _combined(kernel, scan, carried, x)))
     if not scan.exclusive:
         _write(kernel, scan, carried, at, out)
 
@@ -80,8 +82,12 @@ def _prefixes(kernel: Kernel, scan: Scan, carried: Value, at: Point, out: list[S
     prefix = evaluator.bind(_helper(kernel, "prefix", scan.op, x), scan.dst, out)
     total = _helper(kernel, "last", scan.op, prefix)
     shifted = _helper(kernel, "shift", scan.op, prefix) if scan.exclusive else prefix
-    _write(kernel, scan, combine(scan.op, carried, shifted), replace(at, lanes=lanes), out)
-    out.append(Set(carried, combine(scan.op, carried, total)))
+    _write(kernel, scan, _combined(kernel, scan, carried, shifted), replace(at, lanes=lanes), out)
+    out.append(Set(carried, _combined(kernel, scan, carried, total)))
+
+
+def _combined(kernel: Kernel, scan: Scan, a: Value, b: Value) -> Value:
+    return kernel.evaluator.operation(COMBINE[scan.op], [replace(a, data=True), b])
 
 
 def _helper(kernel: Kernel, verb: str, op: str, v: Value) -> Value:

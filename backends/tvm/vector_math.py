@@ -12,13 +12,11 @@ from functools import lru_cache
 
 from .cpu import Cpu
 from .llvm_ir import LLVM_TYPES, MANGLED, Ir
+from .vector_floats import FLOATS, LIBM, TESTS, float_ir, libm_ir, test_ir
 from .vector_integers import INTEGER, cast_ir, count_ir, integer_ir, wrap_nibble_ir
 from .vector_memory import load_ir, load_pair_ir, store_ir
 from .vector_narrow import convert_ir, nibble_ir
 from .vector_scans import prefix_ir
-
-LIBM = {"erf": "erff", "log1p": "log1pf", "pow": "powf", "fmod": "fmodf", "sin": "sinf", "cos": "cosf"}
-
 
 # 2**f on [0, 1): Chebyshev fit of the relative error, degree 5, constant term last
 EXP2 = (0.0018762329455207936, 0.008992584030501403, 0.05582360446300757, 0.2401545298864825, 0.6931529681766547, 0.9999999269249821)
@@ -117,7 +115,8 @@ def _tanh(cpu: Cpu, n: int) -> str:
     power = ir.op(f"call {f} @exp_v{n}({f} {ir.op(f'fadd {f} {size}, {size}')})")
     rest = ir.op(f"fdiv {f} {ir.real(2.0)}, {ir.op(f'fadd {f} {power}, {ir.real(1.0)}')}")
     far = ir.call(f, f"llvm.copysign.v{n}f32", (f, ir.op(f"fsub {f} {ir.real(1.0)}, {rest}")), (f, "%x"))
-    return ir.finish(f, ir.select(ir.op(f"fcmp olt {f} {size}, {ir.real(0.625)}"), near, far))
+    signed = ir.call(f, f"llvm.copysign.v{n}f32", (f, near), (f, "%x"))  # -0 * 0 + -0 may be computed as 0
+    return ir.finish(f, ir.select(ir.op(f"fcmp olt {f} {size}, {ir.real(0.625)}"), signed, far))
 
 
 def _sigmoid(cpu: Cpu, n: int) -> str:
@@ -128,48 +127,9 @@ def _sigmoid(cpu: Cpu, n: int) -> str:
     return ir.finish(f, ir.op(f"fdiv {f} {ir.real(1.0)}, {ir.op(f'fadd {f} {power}, {ir.real(1.0)}')}"))
 
 
-def _test(operation: str, n: int) -> str:
-    """isnan, isinf, isfinite on the bits, where no optimizer assumes anything of floats. The result is 0 or 1."""
-    double = operation.endswith("64")
-    element, whole, special = ("double", "i64", 0x7FF0 << 48) if double else ("float", "i32", 0x7F800000)
-    ir = Ir.define(operation, n, "i32", element)
-    kind = ir.kind(whole)
-    magnitude = ir.op(f"and {kind} {ir.cast('bitcast', '%x', element, whole)}, {ir.constant(whole, (1 << (63 if double else 31)) - 1)}")
-    compare = {"isnan": "sgt", "isinf": "eq", "isfinite": "slt"}[operation.removesuffix("64")]
-    truth = ir.op(f"icmp {compare} {kind} {magnitude}, {ir.constant(whole, special)}")
-    return ir.finish(ir.i, ir.cast("zext", truth, "i1", "i32"))
-
-
-def _differ(operation: str, n: int) -> str:
-    """Whether two floats differ; a NaN differs from everything. The result is 0 or 1."""
-    element = "double" if operation.endswith("64") else "float"
-    ir = Ir.define(operation, n, "i32", element, element)
-    return ir.finish(ir.i, ir.cast("zext", ir.op(f"fcmp une {ir.kind(element)} %x, %y"), "i1", "i32"))
-
-
-def _plain(operation: str, t: str, n: int) -> str:
-    """A sum, difference or product of floats that nobody simplifies."""
-    element = LLVM_TYPES[t]
-    ir = Ir.define(f"{operation}_{t}", n, element, element, element)
-    return ir.finish(ir.kind(element), ir.op(f"{operation} {ir.kind(element)} %x, %y"))
-
-
-def _libm(function: str, n: int) -> str:
-    """A function of the C library, lane by lane."""
-    arity = 2 if function in ("pow", "fmod") else 1
-    symbol = LIBM[function]
-    operands = ("%x", "%y")[:arity]
-    ir = Ir(f"<{n} x float> @{function}_v{n}({', '.join(f'<{n} x float> {x}' for x in operands)})", n)
-    result = "poison"
-    for lane in range(n):
-        args = [("float", ir.op(f"extractelement {ir.f} {x}, i32 {lane}")) for x in operands]
-        result = ir.op(f"insertelement {ir.f} {result}, float {ir.call('float', symbol, *args)}, i32 {lane}")
-    return ir.finish(ir.f, result)
-
-
 def _scalar(function: str, n: int, result: str = "float") -> str:
     """The one-element form of a vector helper."""
-    arity = 2 if function in ("pow", "fmod", "pack_bf16") else 1
+    arity = 2 if function == "pack_bf16" else 1
     operands = ("%x", "%y")[:arity]
     ir = Ir(f"{result} @{function}_s({', '.join(f'float {x}' for x in operands)})", n)
     vectors = [(ir.f, ir.op(f"insertelement {ir.f} zeroinitializer, float {x}, i32 0")) for x in operands]
@@ -240,7 +200,6 @@ def _pack_bf16(n: int) -> str:
 
 NEEDS = {"sigmoid": ("exp",), "tanh": ("exp",)}
 SIMPLE = {"exp2": _exp2, "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid}
-TESTS = ("isnan", "isinf", "isfinite")
 
 
 @lru_cache(maxsize=512)
@@ -257,8 +216,6 @@ def helper_ir(cpu: Cpu, function: str) -> str:
         return _scalar(stem, cpu.lanes, "i32" if stem == "pack_bf16" else "float")
     if stem in SIMPLE:
         return SIMPLE[stem](cpu, n)
-    if stem in LIBM:
-        return _libm(stem, n)
     if stem in ("log", "log2"):
         return _log(cpu, n, stem == "log2")
     if stem in ("dot_bf16", "pack_bf16"):
@@ -290,12 +247,12 @@ def _of_any_width(stem: str, n: int) -> str | None:
         case "round" | "bits" | "from":
             name = t.removeprefix("bits_")
             return nibble_ir(verb, n) if name == "nibble" else convert_ir("from_bits" if verb == "from" else verb, name, n)
-        case "differ" | "differ64":
-            return _differ(verb, n)
-        case "fadd" | "fsub" | "fmul":
-            return _plain(verb, t, n)
+        case _ if verb in FLOATS:
+            return float_ir(verb, t, n)
+        case _ if verb in LIBM:
+            return libm_ir(verb, n)
         case _ if verb.removesuffix("64") in TESTS:
-            return _test(verb, n)
+            return test_ir(verb, n)
         case _:
             return integer_ir(verb, t, n) if verb in INTEGER else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .llvm_ir import LLVM_TYPES, Ir
+from .vector_floats import extreme
 
 
 def _neutral(operation: str, t: str, n: int) -> str:
@@ -31,9 +32,10 @@ def _combined(ir: Ir, operation: str, t: str, a: str, b: str) -> str:
     if operation in ("sum", "prod"):
         verb = "add" if operation == "sum" else "mul"
         return ir.op(f"{'f' if floating else ''}{verb} {vector} {a}, {b}")
-    less = {"max": "gt", "min": "lt"}[operation]
-    test = f"fcmp o{less}" if floating else f"icmp {'u' if t == 'uint8' else 's'}{less}"
-    return ir.op(f"select <{ir.lanes} x i1> {ir.op(f'{test} {vector} {a}, {b}')}, {vector} {a}, {vector} {b}")
+    if floating:
+        return extreme(ir, {"max": "maximum", "min": "minimum"}[operation], element, a, b)
+    sign, less = "u" if t == "uint8" else "s", "gt" if operation == "max" else "lt"
+    return ir.select(ir.op(f"icmp {sign}{less} {vector} {a}, {b}"), a, b, element)
 
 
 def prefix_ir(verb: str, operation: str, t: str, n: int) -> str:

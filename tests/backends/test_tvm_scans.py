@@ -150,6 +150,17 @@ def test_what_a_condition_excludes_is_masked_and_lower_edges_are_clamped():
     torch.testing.assert_close(actual[:, 3:100].double(), given[:, 3:100].double().cumsum(-1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows_last", [False, True], ids=["along", "across"])
+@pytest.mark.parametrize("op", IDENTITY)
+def test_a_nan_stays_in_all_that_follows(op, rows_last):
+    x = values(f32, 3, 40)
+    x[1, 17] = math.nan
+    given = x.t().contiguous() if rows_last else x
+    actual = run(scanned(op, rows=16, size=40, rows_last=rows_last), {"X": given})["Y"]
+    actual = actual.t() if rows_last else actual
+    assert actual[1, 17:].isnan().all() and not actual[1, :17].isnan().any() and not actual[::2].isnan().any()
+
+
 def test_a_scan_along_the_lane_is_done_in_registers():
     text = source_of(scanned("sum", rows=2, tile=64)).text
     assert "prefixsum_float32_v" in text and "lastsum_float32_v" in text
