@@ -62,8 +62,8 @@ def decode_rows(size: Size) -> Iterator[Case]:
     tiny = size == "tiny"
     few, many = Shape(1, 2, 96), Shape(4, 8, 8192)
     yield decode_case(few if tiny else many)
-    yield int8_case(few if tiny else replace(many, batch=8))  # so that what is read is far beyond the last-level cache
-    yield int4_case(few if tiny else replace(many, batch=8))
+    yield int8_case(few if tiny else many)
+    yield int4_case(few if tiny else many)
     yield h2o_case(few if tiny else many)
     yield snapkv_case(replace(few, queries=8) if tiny else replace(many, batch=2, queries=16))
 

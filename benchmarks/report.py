@@ -44,8 +44,8 @@ def rows_table(rows: Sequence[Row], group: str) -> Table:
     """One line a case: our times, the shares of peak and bandwidth, the distance to the floor, how many times as long each peer takes, and
     the aims. Columns that say nothing of any row are left out."""
     caption = (
-        "× a peer: how many times as long it takes as einfall's best · × own: the same of our kernel without what the row is about\n"
-        "× floor: how many times as long einfall takes as it must · ✓ ✗ whether the aim is met by these figures"
+        "× a peer: how many times as long it takes as einfall, the tuned one if there is one · × own: our kernel without the feature\n"
+        "× floor: how many times as long einfall takes as it must · ✓ ✗ whether these figures meet the aim"
     )
     table = Table(title=TITLES[group], title_justify="left", caption=caption, caption_justify="left")
     lines = [_cells(row) for row in rows if row.group == group]
@@ -82,7 +82,7 @@ def _cells(row: Row) -> dict[str, str]:
     ours = found.get(TUNED) or found[DEFAULT]
     best, speed = ours["best_peer"], ours["speed"]
     theirs = next((name for name in row.peers if name not in (*row.own, EAGER)), "")
-    tuned = f"{found[TUNED]['ms']:.2f}" if TUNED in found else "= default" if row.same else EMPTY
+    tuned = f"{found[TUNED]['ms']:.2f}" if TUNED in found else "= default" if row.same else "failed" if TUNED in row.skipped else EMPTY
     moves = row.group != "prefill"
     computes = row.group in ("prefill", "decode", "fused")
     return {

@@ -20,6 +20,7 @@ from benchmarks.protocol import ROUNDS, Clock, Samples, Subject, interleave
 
 DEFAULT, TUNED = "einfall", "einfall tuned"
 INDUCTOR, METASCHEDULE = "inductor", "MetaSchedule"
+TOLD = ("trials", "failures", "seconds", "best_ms", "default_ms", "speedup", "interrupted", "finals")  # of a tuning run
 # How far a result may be off: so many times torch's own error, or so many roundings of its type; whole numbers and minifloats not at all.
 TORCH_ERRORS = 4.0
 ROUNDINGS = {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 4.0, torch.float16: 1.0}
@@ -53,7 +54,8 @@ class Options:
 class Row:
     """What was found about one case. `failed` says why it could not be timed; `skipped` names peers that are missing, and why.
 
-    `own` are the peers that are kernels of ours, `same` tells that the database knows no better schedule than the default.
+    `own` are the peers that are kernels of ours, `same` tells that the database knows no better schedule than the default, `tuning` how
+    the search for one went.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Row:
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: str = ""
     same: bool = False
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first(self) -> str:
@@ -173,8 +176,7 @@ class Runner:
         """The default schedule's kernel, and that of the database where it knows a better one."""
         database = self.options.database
         if database is not None and self.options.tune:
-            self.say(f"tuning {case.name}: {self.options.tune} trials")
-            case.kernel.tune(*tensors, **case.scalars, trials=self.options.tune, database=database)
+            self._tune(case, tensors, row, database)
         found = {}
         for name, place in ((DEFAULT, None), (TUNED, database)):
             if name == TUNED and place is None:
@@ -189,6 +191,19 @@ class Runner:
             found[name] = executable
             row.kernels[name] = {"schedule": executable.schedule.to_dict(), "facts": executable.facts, "compile_s": seconds}
         return found
+
+    def _tune(self, case: Case, tensors: Tensors, row: Row, database: Path) -> None:
+        """Search, and keep in the row how it went; what cannot be tuned is timed with the default schedule."""
+        self.say(f"tuning {case.name}: {self.options.tune} trials")
+        try:
+            result = case.kernel.tune(*tensors, **case.scalars, trials=self.options.tune, database=database)
+        except ef.EinfallError as error:
+            row.skipped[TUNED] = str(error)
+            self.say(f"not tuned: {str(error).splitlines()[0]}")
+            return
+        row.tuning = {k: v for k, v in result.to_dict().items() if k in TOLD}
+        gain = "" if result.speedup is None else f", {result.speedup:.2f}× the default in its finals"
+        self.say(f"tuned in {result.seconds:.0f} s: {row.tuning['trials']} trials, {result.failures} failed{gain}")
 
     def _peers(self, case: Case, tensors: Tensors, row: Row, allowed: Sequence[float]) -> list[Subject]:
         subjects = []

@@ -287,6 +287,27 @@ def test_a_kernel_of_ours_that_is_wrong_or_refused_is_a_peer_that_is_missing(tin
     assert runner._peer(case, unknown, tensors, row, [1.0]) is None and row.skipped[own.name]
 
 
+def test_tuning_that_fails_leaves_the_default(tiny, root_on_path, tmp_path):
+    import einfall as ef
+
+    from benchmarks import run
+
+    class Untunable:
+        def tune(self, *tensors, **named):
+            raise ef.BuildError("no candidate was right")
+
+        def compile(self, *tensors, **named):
+            return tiny["f32 log-sum-exp 8 x 300"].kernel.compile(*tensors, **named)
+
+    case = replace(tiny["f32 log-sum-exp 8 x 300"], kernel=Untunable())
+    runner = run.Runner.__new__(run.Runner)
+    said = []
+    runner.options, runner.say = run.Options(size="tiny", database=tmp_path / "a.db", tune=3), said.append
+    row = made_up_row()
+    assert list(runner._executables(case, case.tensors(), row)) == ["einfall"] and row.same
+    assert row.skipped == {"einfall tuned": "no candidate was right"} and said[-1] == "not tuned: no candidate was right"
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_program_that_metaschedule_is_given_is_attention(root_on_path, causal):
     import tvm
@@ -339,6 +360,16 @@ def test_a_tiny_run_from_the_command_line(tmp_path):
     assert found["machine"]["environment"]["OMP_NUM_THREADS"] == "1" and {limit["kind"] for limit in found["limits"]} >= {"f32", "bytes"}
     assert (tmp_path / "out" / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "einfall ms" in ran.stdout and row["name"] in ran.stdout
+
+
+def test_a_run_that_tunes_shows_the_default_and_the_winner(tmp_path):
+    ran = bench("--only", "f32 log-sum-exp*", "--tune", "3", "--one-thread", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (row,) = json.loads((tmp_path / "out" / "cpu.json").read_text())["rows"]
+    assert row["tuning"]["trials"] == 3 and (tmp_path / "out" / "cpu.db").exists()
+    names = {s["name"] for s in row["subjects"]}
+    assert ("einfall tuned" in names) != row["same"] and "tuned ms" in ran.stdout
+    assert ("= default" in ran.stdout) == row["same"]
 
 
 def test_a_pattern_that_names_no_row_is_a_wrong_argument(tmp_path):
