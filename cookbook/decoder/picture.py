@@ -29,9 +29,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     _quantized(right, found)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.set_ylabel("perplexity a byte: quoting (full lines), following (faint)")
         axes.legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
