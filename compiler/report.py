@@ -214,7 +214,8 @@ def _less_work(old: Cascade, new: Cascade, sizes: Mapping[str, int]) -> str:
     if len(new.body) < len(old.body):
         words.append(_count(len(old.body) - len(new.body), "statement"))
     if not missing_sizes(old, sizes) and not missing_sizes(new, sizes):
-        less = sum(w.operations for w in operations(old, sizes)) - sum(w.operations for w in operations(new, complete_sizes(new, sizes)))
+        was, now = (sum(w.operations for w in operations(c, complete_sizes(c, sizes))) for c in (old, new))
+        less = was - now
         if less > 0:
             words.append(quantity(less) + " operations")
     return ", ".join(words)

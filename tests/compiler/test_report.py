@@ -144,6 +144,13 @@ def test_the_pipeline_names_what_it_changed():
     assert "65.5 k operations" in found[0]["saved"]
 
 
+def test_a_rank_that_a_rewrite_adds_is_known_to_the_next():
+    short = parse_cascade("cascade f(X[b,i], W[b]) -> Y[b]\n  C[b,i] = cumsum(i) X[b,i]\n  Y[b] = sum(i where C[b,i] > W[b]) C[b,i]\n")
+    report = explain(short, {"b": 4, "i": 5}, load_target("cpu:generic"))
+    assert next(r.name for r in report.rewrites) == "expand_scans"
+    assert "passes" in report.to_text()
+
+
 def test_a_top_k_is_a_step_of_its_own():
     found = report(SELECT, {"w": 4, "e": 8, "p": 32}, plan=None)
     data = found.to_dict()
