@@ -34,9 +34,9 @@ def grouped_attention(Q: "b (g r) m e", K: "b g p e", V: "b g p f", *, scale: fl
 def int8_attention(
     Q: "b (g r) m (c j=32)", K: "b g p (c j)", Ks: "b g p c", V: "b g p (d k=32)", Vs: "b g p d", *, scale: float
 ) -> "b (g r) m (d k)":  # fmt: skip
-    """Keys and values as whole numbers with a scale for every 32 channels, read as bf16."""
-    S = (Q * (K.to(ef.f32) * Ks.to(ef.f32)).to(ef.bf16)).sum("c j") * scale
-    return (ef.softmax(S, over="p") * (V.to(ef.f32) * Vs.to(ef.f32)).to(ef.bf16)).sum("p")
+    """Keys and values as whole numbers with a scale for every 32 channels."""
+    S = (Q * (K.to(ef.f32) * Ks.to(ef.f32))).sum("c j") * scale
+    return (ef.softmax(S, over="p") * (V.to(ef.f32) * Vs.to(ef.f32))).sum("p").to(ef.bf16)
 
 
 @ef.kernel
@@ -44,9 +44,9 @@ def int4_attention(
     Q: "b (g r) m (s=2 c j=32)", K: "b g p (c j)", Ks: "b g p (s c)", Kz: "b g p (s c)",
     V: "b g p (d k=32)", Vs: "b g p (t=2 d)", Vz: "b g p (t d)", *, scale: float,
 ) -> "b (g r) m (t d k)":  # fmt: skip
-    """Scale and zero point for every 32 channels, read as bf16. Byte x holds channel x in its low and x + E/2 in its high nibble."""
-    S = (Q * dequantize(unpack(K, half="s"), Ks, Kz).to(ef.bf16)).sum("s c j") * scale
-    return (ef.softmax(S, over="p") * dequantize(unpack(V, half="t"), Vs, Vz).to(ef.bf16)).sum("p")
+    """Scale and zero point for every 32 channels. Byte x holds channel x in its low and channel x + E/2 in its high nibble."""
+    S = (Q * dequantize(unpack(K, half="s"), Ks, Kz)).sum("s c j") * scale
+    return (ef.softmax(S, over="p") * dequantize(unpack(V, half="t"), Vs, Vz)).sum("p").to(ef.bf16)
 
 
 @ef.kernel

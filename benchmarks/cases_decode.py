@@ -123,11 +123,11 @@ def cache_bytes(shape: Shape, a_value: float) -> float:
 
 
 def compressed_case(case: Case, shape: Shape, restore: Function, aim: float) -> Case:
-    """A decode step whose keys and values `restore` gives from what is stored, computed in a type of choice; they are read as bf16."""
+    """A decode step whose keys and values `restore` gives from what is stored, in a type of choice; the peers get bf16."""
 
     def restored(tensors: Tensors, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         half = (len(tensors) - 1) // 2
-        return tensors[0], *(restore(parts, dtype).to(BF16) for parts in (tensors[1 : 1 + half], tensors[1 + half :]))
+        return tensors[0], restore(tensors[1 : 1 + half], dtype), restore(tensors[1 + half :], dtype)
 
     def eager(*tensors: torch.Tensor) -> torch.Tensor:
         return sdpa(shape)(*restored(tensors, BF16))
@@ -136,7 +136,7 @@ def compressed_case(case: Case, shape: Shape, restore: Function, aim: float) -> 
         of_last = restored([x[-1:] for x in tensors], torch.float64)
         return paired(results, last, last_attention(shape, *of_last)[0])
 
-    own = Peer(OWN_BF16, cascades.grouped_attention, lambda tensors: restored(tensors, torch.float32), {"scale": shape.scale})
+    own = Peer(OWN_BF16, cascades.grouped_attention, lambda tensors: restored(tensors, BF16), {"scale": shape.scale})
     return replace(case, peers=(own, Peer(EAGER, eager)), check=check, aims=(Aim("speed", aim, OWN_BF16),))
 
 

@@ -61,7 +61,10 @@ def test_oracle_peers_and_cascade_mean_the_same(tiny, name):
         assert len(errors) == len(results) and all(e <= TOLERANCES.get(r.dtype, 0.0) for e, r in zip(errors, results, strict=True))
     exact = as_tuple(case.kernel.reference(*tensors, **case.scalars, dtype=None if name.startswith(EXACT) else torch.float64))
     for error, result in zip(largest_errors(case, tensors, exact), exact, strict=True):
-        assert error <= TOLERANCES.get(result.dtype, 1e-9 if result.dtype == torch.float64 else 0.0)
+        if result.dtype == torch.float64:
+            assert error <= (2e-3 if name.startswith(("int8", "int4")) else 1e-9)  # these round their results to bf16 by themselves
+        else:
+            assert error <= TOLERANCES.get(result.dtype, 0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
