@@ -44,8 +44,8 @@ def attention(Q: "b h m e", K: "b h p e", V: "b h p f", L: "b", A: "b m", *, sca
     """Sequence b has L[b] tokens in the cache; behind them lie the keys of its tree's nodes, in their order."""
     node = ef.index("p") - L
     ancestor = (A >> ef.minimum(ef.maximum(node, 0), NODES - 1).to(ef.i64)) & 1
-    seen = (node < 0) | (node < ef.extent("m")) & (ancestor == 1)
-    S = ((Q * K).sum("e") * scale).where(seen)
+    there = ef.index("p") < L + ef.extent("m")  # the same for all nodes: what lies behind is not even read
+    S = ((Q * K).sum("e") * scale).where(there).where((node < 0) | (ancestor == 1))
     return (ef.softmax(S, over="p") * V).sum("p")
 
 
