@@ -223,9 +223,10 @@ class _KernelLowering:
             if carrier is not None and carrier not in names:
                 names.append(carrier)
         inputs = [t for t in self.cascade.inputs if t.name in names]
+        stored = {o.name: o.axes for o in self.cascade.outputs}
         for name in names:
             if self.cascade.input(name) is None:
-                inputs.append(Tensor(name, tuple((r,) for r in table[name]), self.values.types[name]))
+                inputs.append(Tensor(name, stored.get(name, tuple((r,) for r in table[name])), self.values.types[name]))
         return tuple(inputs)
 
 

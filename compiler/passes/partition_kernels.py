@@ -128,7 +128,39 @@ class _Partitioner:
                     break
             else:
                 groups.append(_Group(stream, ranks, [root]))
-        return groups
+        return self._ride_along(groups)
+
+    def _ride_along(self, groups: list[_Group]) -> list[_Group]:
+        """Groups without a stream that work out what a streaming kernel needs tile by tile are stored by that kernel on its way."""
+        kept: list[_Group] = []
+        for group in groups:
+            host = next((other for other in groups if self._carries(other, group)), None)
+            if host is None:
+                kept.append(group)
+            else:
+                host.roots.extend(group.roots)
+                host.ranks = host.ranks | group.ranks - {host.stream or ""}
+        return kept
+
+    def _carries(self, host: _Group, group: _Group) -> bool:
+        """Whether the tasks of `host` come by everything that `group` stores, and both need the same reductions."""
+        if host.stream is None or group.stream is not None or host.stream not in group.ranks:
+            return False
+        if any(name in self.behind[root] for root in host.roots for name in group.roots) or not self._apart_from(host, group):
+            return False
+        extra = host.ranks ^ (group.ranks - {host.stream})
+        if not all(self._is_short(r, extra) or self.sizes.get(r, INNER_LIMIT) <= SHORT_LIMIT for r in extra):
+            return False
+        needs = {n for root in host.roots for n in self.depends[root] if self._reduces(n)}
+        return any(needs & {root, *self.depends[root]} for root in group.roots)
+
+    def _apart_from(self, host: _Group, group: _Group) -> bool:
+        """Whether nothing that `group` stores needs what `host` streams."""
+        return not any(root in self.depends[name] or root in self.behind[name] for name in group.roots for root in host.roots)
+
+    def _reduces(self, name: str) -> bool:
+        s = self.table.get(name)
+        return isinstance(s, Einsum) and s.op is not None
 
     def _between(self, root: str, others: list[str], mine: list[str]) -> bool:
         """Whether `root` needs one of `others` that needs one of `mine`."""
@@ -139,7 +171,8 @@ class _Partitioner:
         extra = 1
         for rank in a ^ b:
             extra *= self.sizes.get(rank, INNER_LIMIT)
-        return (a <= b or b <= a) and extra <= SHARED_LIMIT
+        nested = a <= b or b <= a or all(self._is_short(rank, a | b) for rank in a ^ b)
+        return nested and extra <= SHARED_LIMIT
 
     # the stream --------------------------------------------------------------------------------------------------------
 
@@ -293,7 +326,8 @@ class _Partitioner:
         if isinstance(s, Scan):
             return s.over == group.stream
         size = math.prod(self.sizes.get(rank, INNER_LIMIT + 1) for rank in s.over)
-        repeated = math.prod(self.sizes.get(rank, 1) for rank in group.ranks if rank not in s.ranks)
+        tasks = (rank for rank in group.ranks if rank not in s.ranks and not self._is_short(rank, group.ranks))
+        repeated = math.prod(n for rank in tasks if (n := self.sizes.get(rank, 1)) > FEW)
         if size >= REPEATED_SIZE and repeated >= REPEATED_LIMIT:
             return False
         if any(rank not in self.static and self._chained(rank, s) for rank in s.over):

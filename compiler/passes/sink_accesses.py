@@ -8,8 +8,8 @@
 
 Without it a single element read from a value would keep the whole value in memory. Through a reduction the access makes a new
 reduction, and only where that is less work than storing the old one. Other reads, and those through scans, populates, concatenations
-and blocks, stay as they are: what they read is stored by a kernel first. So is a map that would grow beyond `LIMIT` nodes, as a chain of
-gathers does.
+and blocks, stay as they are: what they read is stored by a kernel first. So is a map that would grow beyond `LIMIT` nodes, and one that
+gathers and is gathered from: a chain of those doubles with every link.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from itertools import islice
 from math import prod
 
 from ...ir.cascade import Cascade, Einsum, Statement
-from ...ir.expr import Const, Expr, Extent, Index, Op, Read, aligned, rewrite, walk
+from ...ir.expr import Const, Expr, Extent, Index, Op, Read, aligned, reads, rewrite, walk
 from ...ir.infer import expression_ranks
 from .graph import at_coordinates, definitions, drop_unused, fresh, map_expressions
 
@@ -50,6 +50,8 @@ def sink_accesses(cascade: Cascade, sizes: Mapping[str, int] | None = None) -> C
 
     def moved(node: Read, statement: Einsum) -> Expr | None:
         coordinates = dict(zip(statement.ranks, node.coords, strict=True))
+        if any(_gathers(c) for c in node.coords) and any(_gathers(c) for r in reads(statement.expr) for c in r.coords):
+            return None
         if statement.op is None:
             value: Expr | None = sink(at_coordinates(statement.expr, coordinates))
             if value is not None and sum(1 for _ in islice(walk(value), LIMIT + 1)) > LIMIT:
@@ -90,6 +92,11 @@ def _pays(statement: Einsum, ranks: tuple[str, ...], sizes: Mapping[str, int]) -
         return len(ranks) < len(statement.ranks)
     again = prod(sizes[r] for r in (*ranks, *statement.over))
     return len(ranks) < len(statement.ranks) and again < STORED * prod(sizes[r] for r in statement.ranks)
+
+
+def _gathers(coordinate: Expr) -> bool:
+    """Whether a coordinate is read from a tensor."""
+    return any(True for _ in reads(coordinate))
 
 
 def _filled(e: Expr) -> Expr:

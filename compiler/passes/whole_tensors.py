@@ -83,8 +83,9 @@ def single(cascade: Cascade, s: Statement) -> Cascade:
     table = cascade.tensor_ranks()
     names = dict.fromkeys(r.tensor for e in expressions(s) for r in reads(e))
     names = {n: None for n in names if n not in {*dict(defined(s)), *defined_inside(s)}}
-    inputs = tuple(cascade.input(n) or Tensor(n, tuple((r,) for r in table[n]), types[n]) for n in names)
     given = {o.name: o for o in cascade.outputs}
+    stored = {n: given[n].axes if n in given else tuple((r,) for r in table[n]) for n in names}
+    inputs = tuple(cascade.input(n) or Tensor(n, stored[n], types[n]) for n in names)
     outputs = tuple(given.get(n) or Output(n, tuple((r,) for r in ranks)) for n, ranks in defined(s))
     used = {n.name for e in expressions(s) for n in walk(e) if isinstance(n, Scalar)}
     scalars = tuple(x for x in cascade.scalars if x.name in used)
