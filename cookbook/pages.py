@@ -4,7 +4,8 @@
 
 Between `<!-- explain -->` and `<!-- end -->` stands what the compiler makes of each step at the recipe's own sizes: kernels with what they
 stream, read, store and move, what the rewrites saved, what is stored between steps and why. Between `<!-- table -->` and `<!-- end -->`
-stand the lines of the recipe's `show`. Nothing of either depends on the machine, unless a recipe's own table does.
+stand the lines of the recipe's `show`. The table of recipes in the README of the cookbook is written too. Nothing of a plan depends on
+the machine; a recipe's own table may.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import click
 from cookbook.recipe import Recipe, Step
 
 COOKBOOK = Path(__file__).resolve().parent
+README = COOKBOOK / "README.md"
+COMPOSITIONS = ("attention/tree_shared_prefix", "eviction/int4_h2o")  # systems put together
 TARGET = "cpu:generic"  # plans and traffic are the same for any; this one is the same everywhere
 
 
@@ -56,15 +59,54 @@ def plan_of(step: Step) -> dict[str, Any]:
     return dict(report.to_dict())
 
 
-def explained(recipe: Recipe) -> list[str]:
+Plans = tuple[tuple[str, dict[str, Any]], ...]
+
+
+def plans_of(recipe: Recipe) -> Plans:
+    """The steps of a recipe by name, each with what `explain` says of it."""
+    return tuple((step.name, plan_of(step)) for step in recipe.steps)
+
+
+def explained(plans: Plans) -> list[str]:
     """The lines of the explain block. Steps of which the same is to be said share a paragraph."""
-    said: dict[tuple[str, ...], list[str]] = {}
-    for step in recipe.steps:
-        said.setdefault(tuple(_step(plan_of(step))), []).append(step.name)
     lines: list[str] = []
-    for (first, *rest), names in said.items():
+    for (first, *rest), names in _grouped((name, tuple(_step(data))) for name, data in plans):
         lines += ["", f"**{', '.join(names)}** {first}", *rest]
     return lines[1:]
+
+
+def _grouped(said: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """What is said, with everything of which it is said, in order of first appearance."""
+    table: dict[tuple[str, ...], list[str]] = {}
+    for name, lines in said:
+        table.setdefault(lines, []).append(name)
+    return list(table.items())
+
+
+def index(found: Sequence[tuple[Page, Plans]]) -> list[str]:
+    """The lines of the README's table of recipes: family by family, the compositions last."""
+    families: dict[str, list[str]] = {}
+    for page, plans in found:
+        link = page.path.relative_to(COOKBOOK).with_suffix("").as_posix()
+        family = "compositions" if link in COMPOSITIONS else page.path.parent.name
+        families.setdefault(family, []).append(_entry(page, link, plans))
+    lines: list[str] = []
+    for family in sorted(families, key=lambda name: (name == "compositions", name)):
+        lines += [
+            "",
+            f"### {family.capitalize()}",
+            "",
+            "| recipe | what it is | steps and their plans |",
+            "|---|---|---|",
+            *families[family],
+        ]
+    return lines[1:]
+
+
+def _entry(page: Page, link: str, plans: Plans) -> str:
+    said = _grouped((name, (counted(data) + _passes(data).replace(" Passes over", "; passes over").rstrip("."),)) for name, data in plans)
+    cells = (f"[{page.path.stem}]({link}.md)", page.recipe.title, "<br>".join(f"{', '.join(names)}: {line}" for (line,), names in said))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _step(data: dict[str, Any]) -> list[str]:
@@ -101,7 +143,7 @@ def passes_of(data: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 def _passes(data: dict[str, Any]) -> str:
     changed = [f"{rank} {a} → {b}" if a != b else f"{rank} {a}" for rank, (a, b) in passes_of(data).items()]
-    return f" Passes over {', '.join(changed)}." if changed else " One pass over every rank."
+    return f" Passes over {', '.join(changed)}." if changed else ""
 
 
 def _kind(kernel: dict[str, Any]) -> str:
@@ -178,6 +220,16 @@ def block(text: str, name: str, lines: Sequence[str]) -> str:
     return new
 
 
+def refresh(path: Path, blocks: Mapping[str, Sequence[str]], *, write: bool) -> bool:
+    """Whether some block of the page says something else; it is put in its place if `write`."""
+    old = new = path.read_text(encoding="utf-8")
+    for name, lines in blocks.items():
+        new = block(new, name, lines)
+    if write and new != old:
+        path.write_text(new, encoding="utf-8")
+    return new != old
+
+
 @click.command(help=(__doc__ or "").partition("\n")[0])
 @click.argument("names", nargs=-1, metavar="[RECIPE]...")
 @click.option("--check", is_flag=True, help="write nothing; fail if an explain block is out of date")
@@ -185,20 +237,17 @@ def block(text: str, name: str, lines: Sequence[str]) -> str:
 @click.option("--pictures", is_flag=True, help="write the pictures beside the pages as well")
 def main(names: tuple[str, ...], *, check: bool, tables: bool, pictures: bool) -> None:
     """Refresh or check the pages."""
-    stale = []
-    for page in pages(names):
-        old = page.path.read_text(encoding="utf-8")
-        new = block(old, "explain", explained(page.recipe))
-        if check:
-            stale += [page.path.relative_to(COOKBOOK).as_posix()] if new != old else []
-            continue
-        if tables:
-            new = block(new, "table", table(page, pictures=pictures))
-        if new != old:
-            page.path.write_text(new, encoding="utf-8")
-        click.echo(f"{page.path.relative_to(COOKBOOK)}: {'written' if new != old else 'as it was'}")
-    if stale:
-        raise click.ClickException(f"out of date: {', '.join(stale)}; run python cookbook/pages.py")
+    found = [(page, plans_of(page.recipe)) for page in pages(names)]
+    blocks = [(page.path, {"explain": explained(plans)}) for page, plans in found]
+    if not names:
+        blocks.append((README, {"recipes": index(found)}))
+    if tables and not check:
+        for (_, lines), (page, _) in zip(blocks, found, strict=False):
+            lines["table"] = table(page, pictures=pictures)
+    changed = [path.relative_to(COOKBOOK).as_posix() for path, lines in blocks if refresh(path, lines, write=not check)]
+    if check and changed:
+        raise click.ClickException(f"out of date: {', '.join(changed)}; run python cookbook/pages.py")
+    click.echo(f"written: {', '.join(changed)}" if changed else "nothing to write")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The documents are tests: every Python block runs, every `einfall` command that is cheap does, every link leads somewhere."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -84,3 +85,14 @@ def test_the_index_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")} - {"README.md"}
     assert [page for page in sorted(pages) if f"]({page})" not in index] == []
+
+
+def test_the_decision_on_what_is_stored_has_the_constants_of_the_code():
+    page = next((ROOT / "docs" / "decisions").glob("009-*.md")).read_text()
+    rows = re.findall(r"^\| (.*) \| (`.*) \| .* \|$", page, re.M)
+    assert len(rows) == 10
+    for rule, names in rows:
+        module = re.search(r"in `(\w+)`", names)
+        code = importlib.import_module(f"einfall.compiler.passes.{module[1] if module else 'partition_kernels'}")
+        for name in re.findall(r"`([A-Z_]+)`", names):
+            assert re.search(rf"\b{getattr(code, name)}\b", rule), f"{name} is {getattr(code, name)}: {rule}"

@@ -6,16 +6,29 @@ import pytest
 from click.testing import CliRunner
 
 from cookbook import pages
-from cookbook.pages import Page, block, explained, table
+from cookbook.pages import Page, block, explained, index, plans_of, table
 
 PAGES = list(pages.pages())
 HYDRAGEN = next(page for page in PAGES if page.recipe.name == "hydragen")
 
 
+@pytest.fixture(scope="module")
+def plans():
+    """What the compiler makes of every recipe, by module."""
+    return {page.module: plans_of(page.recipe) for page in PAGES}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.module.removeprefix("cookbook."))
-def test_the_explain_block_of_a_page_is_up_to_date(page):
+def test_the_explain_block_of_a_page_is_up_to_date(page, plans):
     text = page.path.read_text(encoding="utf-8")
-    assert block(text, "explain", explained(page.recipe)) == text, f"run python cookbook/pages.py {page.path.stem}"
+    assert block(text, "explain", explained(plans[page.module])) == text, f"run python cookbook/pages.py {page.path.stem}"
+
+
+def test_the_table_of_recipes_is_up_to_date(plans):
+    text = pages.README.read_text(encoding="utf-8")
+    lines = index([(page, plans[page.module]) for page in PAGES])
+    assert block(text, "recipes", lines) == text, "run python cookbook/pages.py"
+    assert all(any(f"]({name}.md)" in line for line in lines) for name in pages.COMPOSITIONS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.module.removeprefix("cookbook."))
@@ -24,10 +37,9 @@ def test_the_table_of_a_page_is_there(page):
     assert block(text, "table", []) != text
 
 
-def test_nothing_in_an_explain_block_depends_on_the_machine(monkeypatch):
-    here = explained(HYDRAGEN.recipe)
+def test_nothing_in_an_explain_block_depends_on_the_machine(plans, monkeypatch):
     monkeypatch.setattr(pages, "TARGET", "cuda:sm_90")
-    assert explained(HYDRAGEN.recipe) == here
+    assert explained(plans_of(HYDRAGEN.recipe)) == explained(plans[HYDRAGEN.module])
 
 
 def test_check_names_the_page_that_is_out_of_date_and_leaves_it(tmp_path, monkeypatch):
@@ -38,12 +50,12 @@ def test_check_names_the_page_that_is_out_of_date_and_leaves_it(tmp_path, monkey
     stale.write_text(old, encoding="utf-8")
     monkeypatch.setattr(pages, "COOKBOOK", tmp_path / "cookbook")
     monkeypatch.setattr(pages, "pages", lambda names: iter([replace(HYDRAGEN, path=stale)]))
-    result = CliRunner().invoke(pages.main, ["--check"])
+    result = CliRunner().invoke(pages.main, ["--check", "hydragen"])
     assert result.exit_code == 1
     assert "out of date: attention/hydragen.md" in result.output
     assert stale.read_text(encoding="utf-8") == old
-    assert CliRunner().invoke(pages.main, ["--no-tables"]).exit_code == 0
-    assert CliRunner().invoke(pages.main, ["--check"]).exit_code == 0
+    assert CliRunner().invoke(pages.main, ["--no-tables", "hydragen"]).exit_code == 0
+    assert CliRunner().invoke(pages.main, ["--check", "hydragen"]).exit_code == 0
     assert stale.read_text(encoding="utf-8").partition("<!-- explain -->")[0] == old.partition("<!-- explain -->")[0]
 
 
