@@ -164,8 +164,11 @@ def check_tiling(p: TileProgram) -> Iterator[TileFault]:
 
 
 def check_definitions(p: TileProgram) -> Iterator[TileFault]:
-    """A tile is read after it is defined, and a loop's own tiles inside it only; memory that is read is an input; scalars are declared."""
-    inputs = {t.name: t.ranks for t in p.inputs}
+    """A tile is read after it is defined, and a loop's own tiles inside it only; scalars are declared.
+
+    Memory that is read is an input, or an output: what the same task stored before.
+    """
+    inputs = {t.name: t.ranks for t in (*p.inputs, *p.outputs)}
     scalars = {s.name for s in p.scalars}
     for use in uses(p):
         for node in walk(use.expr):

@@ -10,7 +10,8 @@
 
 Tiles have *named ranks*. The tile of a rank is: the grid tile of a grid rank, the loop tile of the stream rank, the whole extent of a
 resident rank. A grid rank of tile 1 is no rank of any tile; its index is a number of the task. Expressions read a tile of this
-program as `Tile(name)` at the indices of its own ranks, and memory as `Read(tensor, coords)`; `Index(rank)` is always the global index.
+program as `Tile(name)` at the indices of its own ranks, and memory as `Read(tensor, coords)`: an input, or what the same task stored
+before; `Index(rank)` is always the global index.
 
 The program is in single-assignment form: every dst is new, and a loop's states take their next values by its `yields`. Values in tiles
 are f32 unless declared otherwise. Points outside a rank's extent hold unspecified finite or non-finite garbage; only `Masked`

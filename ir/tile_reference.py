@@ -179,9 +179,13 @@ def _storage(t: DType, promoted: bool) -> torch.dtype:
 def _poisoned(output: TileOutput, extents: Mapping[str, int], promoted: bool) -> _Result:
     shape = [extents[rank] for rank in output.ranks]
     t = output.dtype
-    poison = float("nan") if t.is_float else ops.identity("max", t)
-    data = torch.full(shape, poison, dtype=torch.float32 if t.bits < 32 and t.is_float and not promoted else _storage(t, promoted))
+    data = torch.full(shape, _poison(t), dtype=torch.float32 if t.bits < 32 and t.is_float and not promoted else _storage(t, promoted))
     return _Result(output, data, torch.full(shape, -1, dtype=torch.int64))
+
+
+def _poison(t: DType) -> float:
+    """What stands where nothing was stored."""
+    return float("nan") if t.is_float else float(ops.identity("max", t))
 
 
 def _array(result: _Result, extents: Mapping[str, int], program: str) -> Array:
@@ -461,6 +465,10 @@ def _valid(task: _Task, ranks: Ranks) -> Tensor:
 def _read(task: _Task, e: Read) -> Value:
     """The elements at the coordinates: the fill, or garbage, where they leave the tensor; garbage in lanes outside an extent."""
     tensor = task.inputs.get(e.tensor)
+    if tensor is None and e.tensor in task.outputs:  # what the task stored itself; the rest of it is poisoned
+        result = task.outputs[e.tensor]
+        own = torch.where(result.owner == task.number, result.data, torch.full_like(result.data, _poison(result.output.dtype)))
+        tensor = Value(own, result.output.ranks, result.output.dtype)
     if tensor is None:
         raise CascadeError(f"'{e.tensor}' is no input", statement=task.program.name)
     reading = replace(task, clamped=True)
