@@ -156,7 +156,7 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> None:
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=7)
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel("speed, as a multiple of the row's first peer: torch SDPA, our kernel without what the row is about, or eager PyTorch")
+    axes.set_xlabel("speed, as a multiple of the row's first peer:\ntorch SDPA, our kernel without the feature, or eager PyTorch")
     versions = machine.get("versions", {})
     title = f"{machine.get('processor')}, {machine.get('cores')} cores · torch {versions.get('torch')} · {str(machine.get('commit'))[:12]}"
     axes.set_title(title, fontsize=9)
