@@ -18,7 +18,7 @@ from typing import Any
 from ..ir.cascade import Cascade, Iterate, Statement, defined, expressions
 from ..ir.errors import CascadeError, UnsupportedError
 from ..ir.expr import Expr, Index, Read, index_ranks, reads
-from ..ir.infer import declared_types
+from ..ir.infer import declared_types, stored_types
 from ..ir.plan import Plan, Step
 from ..ir.types import DType
 from ..schedules.target import Target
@@ -81,7 +81,7 @@ def kernel_traffic(plan: Plan, sizes: Mapping[str, int]) -> tuple[tuple[TensorTr
 
     What is gathered from an input, beside or instead of a stream over it, counts as the elements named.
     """
-    types = declared_types(plan.cascade)
+    types = stored_types(plan.cascade)
     table = plan.cascade.tensor_ranks()
     moved = []
     for kernel in plan.steps:

@@ -168,7 +168,7 @@ def check_definitions(p: TileProgram) -> Iterator[TileFault]:
 
     Memory that is read is an input, or an output: what the same task stored before.
     """
-    inputs = {t.name: t.ranks for t in (*p.inputs, *p.outputs)}
+    inputs = {t.name: t.ranks for t in p.inputs} | {t.name: t.ranks for t in p.outputs}
     scalars = {s.name for s in p.scalars}
     for use in uses(p):
         for node in walk(use.expr):

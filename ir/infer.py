@@ -91,6 +91,20 @@ def combine(a: tuple[DType, bool], b: tuple[DType, bool]) -> tuple[DType, bool]:
     return (promote_weak(tb, ta) if wa else promote_weak(ta, tb)), False
 
 
+def stored_types(cascade: Cascade) -> dict[str, DType]:
+    """The type of every tensor as it lies in memory between the kernels of a plan.
+
+    An intermediate's declared type is a lower bound of its precision: what a kernel stores for another is f32 where it is declared
+    narrower, since a value that others were computed from must not change on the way (a maximum is that of the values before rounding).
+    """
+    types = declared_types(cascade)
+    outputs = {o.name for o in cascade.outputs}
+    for s in cascade.body:
+        if isinstance(s, (Einsum, Scan)) and s.out not in outputs and types[s.out].is_float and types[s.out].bits < f32.bits:
+            types[s.out] = f32
+    return types
+
+
 def declared_types(cascade: Cascade) -> dict[str, DType]:
     """The declared type of every tensor of the cascade, by name. Raises `CascadeError` naming the statement."""
     types = {t.name: t.dtype for t in cascade.inputs}

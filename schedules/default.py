@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ..ir.plan import KernelPlan, Plan
-from .roles import Roles, kernel_roles
+from .roles import POINTS, Roles, kernel_roles
 from .schedule import Schedule
 from .target import Target
 
@@ -16,7 +16,6 @@ ROWS_SCORED, STREAM_SCORED = 256, 64  # a contraction of which only a few number
 FEW_ROWS, STREAM_FEW = 8, 512  # decode: too few rows to pay for a tile's bookkeeping
 STREAM_FLAT = 1024  # read twice, so it stays in the first-level cache
 LANES = 512
-POINTS_FLAT = 4096
 
 
 def default_schedule(plan: Plan, sizes: Mapping[str, int], target: Target) -> Schedule:
@@ -42,13 +41,14 @@ def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:
     budget = 1
     if roles.contracts:
         budget = ROWS if roles.accumulates else ROWS_SCORED
-    if roles.stream is None and not roles.lanes and not roles.contracts:
-        budget = max(1, POINTS_FLAT // math.prod(sizes.get(r, 1) for r in roles.resident))
+    if roles.stream is None and not roles.contracts:
+        budget = max(1, POINTS // math.prod(sizes.get(r, 1) for r in (*roles.resident, *roles.lanes)))
     for rank in sorted(roles.rows, key=lambda r: -sizes.get(r, ROWS)):
         tile[rank] = min(budget, ceil_power(sizes.get(rank, ROWS)))
         budget = max(1, budget // tile[rank])
     for rank in roles.lanes:
-        tile[rank] = min(LANES if roles.stream is not None else POINTS_FLAT, ceil_power(sizes.get(rank, LANES), 16))
+        least = 16 if roles.stream is not None or roles.contracts else 1
+        tile[rank] = min(LANES if roles.stream is not None else POINTS, ceil_power(sizes.get(rank, LANES), least))
     if roles.stream is not None:
         longest = _longest_stream(roles, math.prod(tile[rank] for rank in roles.rows))
         tile[roles.stream] = min(longest, ceil_power(sizes.get(roles.stream, longest), 16))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ..ir.cascade import Cascade, Einsum, Scan
 from ..ir.expr import Expr, Op, Read, reads
@@ -15,6 +16,7 @@ from ..ir.infer import expression_ranks
 from ..ir.plan import KernelPlan
 
 RESIDENT = 256
+POINTS = 4096  # elements of a task that streams nothing
 LACK_STATIC, LACK_DYNAMIC = 0.10, 0.25
 
 
@@ -60,10 +62,11 @@ def kernel_roles(cascade: Cascade, kernel: KernelPlan, sizes: Mapping[str, int])
             units.append(rank)
         else:
             rows.append(rank)
-    if kernel.stream is None and not rows and not lanes and units:
-        rows.append(units.pop())  # a task of one short row would be lost in the cost of tasks
     grid = {*rows, *units, *lanes, kernel.stream}
     resident = tuple(r for r in all_ranks if r not in grid)
+    points = prod(sizes.get(r, RESIDENT) for r in (*lanes, *resident))
+    if kernel.stream is None and not rows and units and points < POINTS:
+        rows.append(units.pop())  # a task of one short row would be lost in the cost of tasks
     accumulates = any(is_contraction(s.summand, s.ranks, s.over) for stage in kernel.stages for s in stage.states if s.op == "sum")
     return Roles(kernel.stream, tuple(rows), tuple(units), tuple(lanes), resident, contracts, accumulates)
 

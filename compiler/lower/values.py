@@ -10,7 +10,7 @@ from itertools import islice
 from ...ir.cascade import Cascade, Einsum, Scan, expressions
 from ...ir.errors import UnsupportedError
 from ...ir.expr import Cast, Const, Expr, Extent, Masked, Op, Read, Tile, children, reads, walk, with_children
-from ...ir.infer import declared_types, expression_ranks, expression_type
+from ...ir.infer import expression_ranks, expression_type, stored_types
 from ...ir.plan import KernelPlan
 from ...ir.tile import Dot, LoopState, Map, Node, Reduce
 from ...ir.tile import Scan as ScanTile
@@ -52,7 +52,7 @@ class Values:
         self.kernel = kernel
         self.tile = dict(tile)
         self.resident = resident
-        self.types = declared_types(cascade)
+        self.types = stored_types(cascade)
         self.statements = {s.out: s for s in kernel.statements}
         self.uses = Counter(r.tensor for e in kernel_expressions(kernel) for r in reads(e))
         self.stored: set[str] = set()  # what an earlier loop of the kernel stored, and later ones read

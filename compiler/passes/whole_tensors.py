@@ -21,7 +21,7 @@ from ...ir.cascade import (
     expressions,
 )
 from ...ir.expr import Cast, Const, Expr, Extent, Index, Op, Read, Scalar, reads, rewrite, walk
-from ...ir.infer import declared_types
+from ...ir.infer import declared_types, stored_types
 from ...ir.plan import STEP
 from ...ir.types import i32
 from .graph import defined_inside, fresh, map_expressions
@@ -79,7 +79,7 @@ def behind(cascade: Cascade) -> dict[str, frozenset[str]]:
 
 def single(cascade: Cascade, s: Statement) -> Cascade:
     """The cascade of one statement: what it reads are inputs, what it defines are outputs."""
-    types = declared_types(cascade)
+    types = stored_types(cascade)
     table = cascade.tensor_ranks()
     names = dict.fromkeys(r.tensor for e in expressions(s) for r in reads(e))
     names = {n: None for n in names if n not in {*dict(defined(s)), *defined_inside(s)}}
