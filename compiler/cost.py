@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from ..ir.cascade import Cascade, Iterate, Statement, defined, expressions
+from ..ir.cascade import Cascade, Einsum, Iterate, Statement, defined, expressions
 from ..ir.errors import CascadeError, UnsupportedError
 from ..ir.expr import Expr, Index, Read, index_ranks, reads
 from ..ir.infer import declared_types, stored_types
-from ..ir.plan import Plan, Step
+from ..ir.plan import KernelPlan, Plan, Step
 from ..ir.types import DType
 from ..schedules.target import Target
 from .flow import fiber, trace_flow
 from .operations import Work, operations, plan_operations
 from .passes import make_plan
+from .planned import storing_streams
 from .sizes import all_statements, complete_sizes, dims, missing_sizes
 
 # traffic ----------------------------------------------------------------------------------------------------------------
@@ -79,14 +80,17 @@ def _touched(ranks: tuple[str, ...], read: Read, sizes: Mapping[str, int]) -> in
 def kernel_traffic(plan: Plan, sizes: Mapping[str, int]) -> tuple[tuple[TensorTraffic, ...], ...]:
     """For each step of a plan the bytes that it moves at the least: an input once for every stream that needs it, an output once.
 
-    What is gathered from an input, beside or instead of a stream over it, counts as the elements named.
+    What later streams of a kernel read of what it stored counts, too. What is gathered from an input, beside or instead of a stream over
+    it, counts as the elements named.
     """
     types = stored_types(plan.cascade)
     table = plan.cascade.tensor_ranks()
     moved = []
     for kernel in plan.steps:
         found = []
-        for name in kernel.inputs:
+        stored = storing_streams(plan.cascade, kernel) if isinstance(kernel, KernelPlan) else {}
+        read_back = [name for name in stored if any(_uses(plan, kernel, name))]
+        for name in (*kernel.inputs, *read_back):
             elements = sum(_elements(table[name], uses, sizes) for uses in _uses(plan, kernel, name))
             whole = prod(sizes[r] for r in table[name])
             found.append(TensorTraffic(name, "in", ceil(elements * types[name].bits / 8), elements < whole))
@@ -96,27 +100,40 @@ def kernel_traffic(plan: Plan, sizes: Mapping[str, int]) -> tuple[tuple[TensorTr
 
 
 def _uses(plan: Plan, kernel: Step, tensor: str) -> list[list[Read]]:
-    """The reads of `tensor` in each of a kernel's streams: its stages, and what is stored after them. Unindexed by a stream, one list."""
+    """The reads of `tensor` in each of a kernel's streams: its stages with what they store, and what is stored after them.
+
+    Unindexed by a stream, one list.
+    """
     streamed = {r.out for stage in kernel.stages for r in stage.reductions}
     owners = {name: s for s in plan.cascade.body for name, _ in defined(s)}
+    storing = storing_streams(plan.cascade, kernel) if isinstance(kernel, KernelPlan) else {}
+    last = len(kernel.stages)
 
-    def reached(pending: list[Expr]) -> list[Read]:
-        seen: set[str] = set()
+    def reached(number: int) -> list[Read]:
+        reductions = kernel.stages[number].reductions if number < last else ()
+        stored = [name for name in kernel.outputs if name not in streamed and name in owners and storing.get(name, last) == number]
+        pending = [e for s in (*reductions, *(owners[name] for name in stored)) for e in expressions(s)]
+        seen = {*streamed, *kernel.inputs, *(name for name, n in storing.items() if n < number and _is_reduction(owners[name]))}
         found = []
         while pending:
             for read in reads(pending.pop()):
                 if read.tensor == tensor:
                     found.append(read)
-                elif read.tensor not in seen and read.tensor not in streamed and read.tensor not in kernel.inputs and read.tensor in owners:
+                elif read.tensor not in seen and read.tensor in owners:
                     seen.add(read.tensor)
                     pending.extend(expressions(owners[read.tensor]))
         return found
 
-    streams = [reached([e for r in stage.reductions for e in expressions(r)]) for stage in kernel.stages]
-    streams.append(reached([e for name in kernel.outputs if name not in streamed and name in owners for e in expressions(owners[name])]))
+    streams = [reached(number) for number in range(last + 1)]
     if kernel.stream not in plan.cascade.tensor_ranks()[tensor]:
         return [[read for found in streams for read in found]]
+    if tensor in storing:  # a later stream reads what an earlier one stored
+        return streams[storing[tensor] + 1 :] if _is_reduction(owners[tensor]) else []
     return streams
+
+
+def _is_reduction(s: Statement) -> bool:
+    return not isinstance(s, Einsum) or s.op is not None
 
 
 def _elements(ranks: tuple[str, ...], uses: list[Read], sizes: Mapping[str, int]) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from ..ir.cascade import Cascade, Iterate, Populate, Scatter, Statement, defined, expressions
 from ..ir.errors import CascadeError
 from ..ir.expr import Expr, Extent, Index, Op, Read, children, reads
-from ..ir.plan import Plan, Stage
+from ..ir.plan import KernelPlan, Plan, Stage
 
 _MAX_STEPS = 1024  # an iteration of known length is followed step by step so far
 _EMPTY: frozenset[str] = frozenset()
@@ -191,6 +191,15 @@ class Flow:
             carried = bool(self.along.ranks & set(reduction.ranks))
             self.effects[reduction.out] = total if carried else total.closed()
 
+    def store(self, kernel: KernelPlan) -> None:
+        """Lets the first stage store what the kernel keeps: later ones read that, and take no part in the traversal of its operands."""
+        for name in (*(r.out for r in kernel.stages[0].reductions), *kernel.kept):
+            self.effect(name)
+        kept = set(kernel.kept)
+        for name in [n for n in self.effects if n not in self.stages and n not in kept and self._depends(n, kept)]:
+            del self.effects[name]
+        self.effects.update({name: Effect(done=self.effects[name].done) for name in kept})
+
     def _stage_reads(self, stage: Stage, moving: set[str]) -> Iterator[Read]:
         """What the reductions of a stage read from outside it, through the maps that move with them."""
         seen: set[str] = set()
@@ -304,6 +313,9 @@ def trace_flow(c: Cascade, along: Fiber, inputs: frozenset[str], plan: Plan | No
     }
     owners = {name: s for s in c.body for name, _ in defined(s)}
     flow = Flow(c, along, inputs, c.tensor_ranks(), owners, stages, every_source=every_source)
+    for kernel in plan.kernels if plan else ():
+        if kernel.kept and kernel.stream in along.ranks:
+            flow.store(kernel)
     wanted = owners if plan is None else {o: None for k in plan.steps for o in k.outputs} | {o.name: None for o in c.outputs}
     for name in wanted:
         flow.effect(name)

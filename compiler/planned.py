@@ -11,6 +11,7 @@ from dataclasses import replace
 from ..ir.cascade import Cascade, Einsum, Scan, Statement
 from ..ir.expr import Const, Expr, Op, Read, Tile, aligned, reads, rewrite
 from ..ir.plan import KernelPlan, Plan, Stage, Value
+from .passes.graph import dependencies
 
 
 def planned_cascade(plan: Plan) -> Cascade:
@@ -19,6 +20,26 @@ def planned_cascade(plan: Plan) -> Cascade:
     for number, step in enumerate(plan.steps):
         body.extend(_Kernel(step, number).statements() if isinstance(step, KernelPlan) else step.cascade.body)
     return replace(plan.cascade, body=tuple(body))
+
+
+def storing_streams(cascade: Cascade, kernel: KernelPlan) -> dict[str, int]:
+    """For each output along the stream the number of the kernel's stream that stores it, as lowering has it.
+
+    It is the first that visits every element, once no reduction of its own or of a later one is needed; else one after all stages.
+    """
+    depends, ranks = dependencies(cascade), cascade.tensor_ranks()
+    found = {}
+    for name in kernel.outputs:
+        if kernel.stream not in ranks[name]:
+            continue
+        able = (s.index for s in kernel.stages if name in kernel.kept or not (s.domain.predicates or _open(kernel, s) & depends[name]))
+        found[name] = next(able, len(kernel.stages))
+    return found
+
+
+def _open(kernel: KernelPlan, stage: Stage) -> frozenset[str]:
+    """The reductions that are not complete while `stage` runs."""
+    return frozenset(r.out for s in kernel.stages if s.index >= stage.index for r in s.reductions)
 
 
 class _Kernel:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from einfall.compiler.analysis import plan_passes
 from einfall.compiler.cost import (
     cost,
     kernel_traffic,
@@ -395,6 +396,28 @@ def test_an_output_along_the_stream_is_one_more_stream():
     plan = Plan(c, (KernelPlan("k", "p", (stage(c, 0, "M", "D"),), (), ("X",), ("Y",)),))
     (moved,) = kernel_traffic(plan, {"m": 2, "p": 3})
     assert {t.tensor: t.bytes for t in moved} == {"X": 2 * 24, "Y": 24}
+
+
+def test_an_output_that_needs_no_sum_is_stored_in_the_first_stream():
+    c = parse_cascade("cascade both(X[m,p]) -> M[m], Y[m,p]\n  M[m] = max(p) X[m,p]\n  Y[m,p] = X[m,p] * 2\n")
+    plan = Plan(c, (KernelPlan("k", "p", (stage(c, 0, "M"),), (), ("X",), ("M", "Y")),))
+    (moved,) = kernel_traffic(plan, {"m": 2, "p": 3})
+    assert {t.tensor: t.bytes for t in moved} == {"X": 24, "M": 8, "Y": 24}
+
+
+def test_a_product_that_is_kept_is_read_in_the_place_of_its_operands():
+    c = parse_cascade("cascade score(Q[r,e], K[p,e], V[p,f]) -> O[r,f], C[p]\n  S[r,p] = sum(e) Q[r,e] * K[p,e]\n  M[r] = max(p) S[r,p]\n"
+                      "  N[r,p] = exp(S[r,p] - M[r])\n  D[r] = sum(p) N[r,p]\n  O[r,f] = sum(p) N[r,p] / D[r] * V[p,f]\n"
+                      "  C[p] = sum(r) N[r,p] / D[r]\n")  # fmt: skip
+    sizes = {"r": 4, "p": 512, "e": 128, "f": 128}
+    plan = make_plan(c, sizes)
+    assert [kernel.kept for kernel in plan.kernels] == [("S",)]
+    (moved,) = kernel_traffic(plan, sizes)
+    scores, keys, rows = 4 * 512 * 4, 512 * 128 * 4, 4 * 128 * 4
+    found = {(t.tensor, t.direction): t.bytes for t in moved}
+    assert found == {("Q", "in"): rows, ("K", "in"): keys, ("V", "in"): keys, ("S", "in"): scores, ("S", "out"): scores,
+                     ("O", "out"): rows, ("C", "out"): 512 * 4}  # fmt: skip
+    assert plan_passes(plan, "p") == 1
 
 
 def test_what_a_kernel_gathers_beside_its_stream_counts_as_the_elements_named():
