@@ -31,6 +31,7 @@ from .stages import StageLowering
 from .values import Mode, Section, Values, is_number_of_task
 
 MAX_TILE = 1 << 20
+FEW = 16
 
 
 def lower_kernel(cascade: Cascade, kernel: KernelPlan, schedule: Schedule, sizes: Mapping[str, int]) -> TileProgram:
@@ -76,7 +77,9 @@ class _KernelLowering:
         self.sizes = sizes
         self.tiles = tiles
         shaped = {r: n for r, n in tiles.items() if r == kernel.stream or r in roles.resident or n > 1}
-        self.values = Values(cascade, kernel, shaped, frozenset(roles.resident))
+        few = [r for r in roles.resident if tiles[r] < FEW]  # such a rank is no lane: it stands before the stream, as rows do
+        ordered = [*(r for r in shaped if r in roles.grid), *few, *(r for r in shaped if r not in few and r not in roles.grid)]
+        self.values = Values(cascade, kernel, {r: shaped[r] for r in ordered}, frozenset(roles.resident))
         self.done: list[StageLowering] = []
         self.counter = 0
 
