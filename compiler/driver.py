@@ -18,7 +18,7 @@ from typing import Any
 from ..backends.base import Source
 from ..backends.registry import backend_for
 from ..configuration import current
-from ..ir.cascade import Cascade
+from ..ir.cascade import Cascade, Einsum
 from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedError
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan
@@ -183,7 +183,7 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
 
     if current().debug:
         _trace_passes(order.cascade, order.sizes)
-    plan = make_plan(order.cascade, order.sizes, repeat=frozenset() if schedule is None else schedule.repeated)
+    plan = make_plan(order.cascade, order.sizes, **(schedule or Schedule()).plan)
     return lower_plan(order, plan, schedule)
 
 
@@ -209,6 +209,7 @@ def _check_names(plan: Plan, programs: Sequence[TileProgram], schedule: Schedule
     """Raise `ScheduleError` for an entry of a schedule that names nothing: it would be ignored, not obeyed."""
     tiles = [tile for program in programs for tile in kernel_tiles(program.body)]
     ranks = list(plan.cascade.all_ranks())
+    results = [s.out for s in plan.cascade.body if isinstance(s, Einsum) and s.op is not None]
     ranks_of_kernels = [*ranks, *(f"{kernel.name}.{rank}" for kernel in plan.kernels for rank in ranks)]
     for table, entries, known, hint in (
         ("tile", schedule.tile, ranks_of_kernels, ranks),
@@ -216,10 +217,11 @@ def _check_names(plan: Plan, programs: Sequence[TileProgram], schedule: Schedule
         ("layout", schedule.layout, tiles, tiles),
         ("dot", schedule.dot, tiles, tiles),
         ("group", schedule.group, tiles, tiles),
+        ("result", schedule.result, results, results),
     ):
         for name, _ in entries:
             if name not in known:
-                what = "rank" if hint is ranks else "tile"
+                what = {id(ranks): "rank", id(results): "reduction"}.get(id(hint), "tile")
                 raise ScheduleError(f"{table}[{name}] names no {what} of {plan.cascade.name}", hint=f"its {what}s are {', '.join(hint)}")
 
 

@@ -192,7 +192,7 @@ class Executable:
         if self._plan is None:
             from .passes import make_plan
 
-            self._plan = make_plan(self.cascade, self.sizes, repeat=self.schedule.repeated)
+            self._plan = make_plan(self.cascade, self.sizes, **self.schedule.plan)
         return self._plan
 
     @property

@@ -236,7 +236,13 @@ def _register(shape: Shape, dot: Dot, lane: str | None) -> tuple[tuple[str, int]
         return _fill_rows(shape, rows, lambda n: n + 2 <= budget and n <= budget // 2, 4)
     vectors = _vectors(shape, dot, lane)
     entry = ((lane, vectors * shape.lanes),)
+    rows.sort(key=lambda r: not _varies_computed(shape, dot, r))  # filled from the last: what is computed is used by many rows at once
     return (*_fill_rows(shape, rows, lambda n: n * vectors + vectors + 1 <= budget and n * vectors <= budget // 2 + 4, None), *entry)
+
+
+def _varies_computed(shape: Shape, dot: Dot, rank: str) -> bool:
+    """Whether an operand that is computed as it is multiplied varies along `rank`."""
+    return any(not isinstance(e, (Tile, Read)) and rank in expression_ranks(e, shape.tiles) for e in (dot.a, dot.b))
 
 
 def _vectors(shape: Shape, dot: Dot, lane: str) -> int:

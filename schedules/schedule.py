@@ -4,7 +4,8 @@
 
 Every table may be partial: what a schedule leaves open, the default for the program and the target fills in (`default.py`,
 `layout.py`), so a tuned schedule records only what was chosen. Keys of `layout`, `dot` and `group` are names of tiles of the lowered
-program.
+program. `stream` says whether dependent reductions over a rank share a pass, `result` what becomes of a reduction inside a tile that is
+needed more than once: worked out `again`, kept by its kernel between two streams, or stored by a kernel of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..ir.errors import ScheduleError
 VERSION = 1
 GridOrder = Literal["heavy_first", "rising", "zigzag"]
 Stream = Literal["online", "repeat"]
+Result = Literal["again", "keep", "store"]
 T = TypeVar("T")
 
 
@@ -61,11 +63,17 @@ class Schedule:
     group: tuple[tuple[str, GroupSchedule], ...] = ()
     grid_order: GridOrder = "heavy_first"
     stream: tuple[tuple[str, Stream], ...] = ()
+    result: tuple[tuple[str, Result], ...] = ()
     version: int = VERSION
 
     @property
+    def plan(self) -> dict[str, Any]:
+        """The choices that are made when the plan is: the keyword arguments of `make_plan`."""
+        return {"repeat": self.repeated, "results": dict(self.result)}
+
+    @property
     def repeated(self) -> frozenset[str]:
-        """The ranks whose dependent reductions take a pass each; `make_plan` needs them."""
+        """The ranks whose dependent reductions take a pass each."""
         return frozenset(rank for rank, choice in self.stream if choice == "repeat")
 
     @staticmethod
@@ -77,10 +85,17 @@ class Schedule:
         group: Mapping[str, GroupSchedule] | None = None,
         grid_order: GridOrder = "heavy_first",
         stream: Mapping[str, Stream] | None = None,
+        result: Mapping[str, Result] | None = None,
     ) -> Schedule:
         """A schedule from plain tables."""
         return Schedule(
-            tile=_pairs(tile), layout=_pairs(layout), dot=_pairs(dot), group=_pairs(group), grid_order=grid_order, stream=_pairs(stream)
+            tile=_pairs(tile),
+            layout=_pairs(layout),
+            dot=_pairs(dot),
+            group=_pairs(group),
+            grid_order=grid_order,
+            stream=_pairs(stream),
+            result=_pairs(result),
         )
 
     def with_tiles(self, **tiles: int) -> Schedule:
@@ -95,6 +110,7 @@ class Schedule:
             "dot": {name: {**asdict(d), "register": dict(d.register)} for name, d in self.dot},
             "group": {name: asdict(g) for name, g in self.group},
             "stream": dict(self.stream),
+            "result": dict(self.result),
         }
         return {"version": self.version, **{k: v for k, v in tables.items() if v}, "grid_order": self.grid_order}
 
@@ -111,9 +127,9 @@ class Schedule:
     def from_dict(data: object) -> Schedule:
         """A schedule from plain data. Raises `ScheduleError` naming the entry that is unknown, of a wrong type or out of bounds."""
         table = _mapping(data, "a schedule")
-        unknown = set(table) - {"version", "tile", "layout", "dot", "group", "grid_order", "stream"}
+        unknown = set(table) - {"version", "tile", "layout", "dot", "group", "grid_order", "stream", "result"}
         if unknown:
-            hint = "entries are tile, layout, dot, group, grid_order, stream"
+            hint = "entries are tile, layout, dot, group, grid_order, stream, result"
             raise ScheduleError(f"a schedule has no entry {sorted(unknown)[0]!r}", hint=hint)
         if table.get("version", VERSION) != VERSION:
             raise ScheduleError(f"schedule version {table.get('version')!r}, this einfall reads version {VERSION}")
@@ -124,6 +140,10 @@ class Schedule:
         for rank, choice in stream.items():
             if choice not in ("online", "repeat"):
                 raise ScheduleError(f"stream[{rank}] is {choice!r}", hint="online or repeat")
+        result = {_name(k): v for k, v in _mapping(table.get("result", {}), "result").items()}
+        for name, choice in result.items():
+            if choice not in ("again", "keep", "store"):
+                raise ScheduleError(f"result[{name}] is {choice!r}", hint="again, keep or store")
         return Schedule.make(
             tile={_name(k): _size(v, f"tile[{k}]") for k, v in _mapping(table.get("tile", {}), "tile").items()},
             layout={_name(k): _names(v, f"layout[{k}]") for k, v in _mapping(table.get("layout", {}), "layout").items()},
@@ -131,6 +151,7 @@ class Schedule:
             group={_name(k): _group(v, f"group[{k}]") for k, v in _mapping(table.get("group", {}), "group").items()},
             grid_order=order,
             stream=stream,
+            result=result,
         )
 
     @staticmethod

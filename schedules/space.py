@@ -31,7 +31,7 @@ REGISTER_TILES = ((4, 4), (6, 4), (8, 2), (12, 2), (8, 3), (16, 1))  # rows x ve
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One decision. `kind` is tile, grid_order, register, update or stream; `key` names the rank or tile it is about."""
+    """One decision. `kind` is tile, grid_order, register, update, stream or result; `key` names the rank or tile it is about."""
 
     kind: str
     key: str
@@ -54,6 +54,7 @@ class Space:
     def point(self, chosen: Sequence[Any]) -> Schedule:
         """The schedule with one choice for each axis."""
         tile, order, dots, stream = dict(self.base.tile), self.base.grid_order, dict(self.base.dot), dict(self.base.stream)
+        result = dict(self.base.result)
         for axis, choice in zip(self.axes, chosen, strict=True):
             match axis.kind:
                 case "tile":
@@ -66,8 +67,10 @@ class Space:
                     dots[axis.key] = replace(dots.get(axis.key, DotSchedule()), update_at_load=True)
                 case "stream" if choice != "online":
                     stream[axis.key] = choice
+                case "result" if choice != "keep":
+                    result[axis.key] = choice
         layout, group = dict(self.base.layout), dict(self.base.group)
-        return Schedule.make(tile=tile, dot=dots, grid_order=order, stream=stream, layout=layout, group=group)
+        return Schedule.make(tile=tile, dot=dots, grid_order=order, stream=stream, layout=layout, group=group, result=result)
 
     def choices_of(self, point: Schedule) -> tuple[Any, ...]:
         """The inverse of `point`. A value that is no choice of its axis is returned as it is."""
@@ -84,6 +87,8 @@ class Space:
                 return DotSchedule(register=chosen.register, lane=chosen.lane) if chosen.register else None
             case "update":
                 return dict(point.dot).get(axis.key, DotSchedule()).update_at_load
+            case "result":
+                return dict(point.result).get(axis.key, "keep")
             case _:
                 return dict(point.stream).get(axis.key, "online")
 
@@ -124,6 +129,7 @@ def schedule_space(plan: Plan, sizes: Mapping[str, int], target: Target) -> Spac
             axes.append(Axis("grid_order", kernel.name, orders))
     streams = {k.stream for k in plan.kernels if k.stream is not None and any(s.origins for s in k.stages)}
     axes.extend(Axis("stream", rank, ("online", "repeat")) for rank in sorted(streams))
+    axes.extend(Axis("result", name, ("keep", "again")) for k in plan.kernels for name in k.kept)
     unique = {(a.kind, "" if a.kind == "grid_order" else a.key): a for a in axes}
     return Space(base, tuple(unique.values()))
 

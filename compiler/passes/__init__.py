@@ -22,6 +22,7 @@ from .unroll_blocks import unroll_blocks
 if TYPE_CHECKING:
     from ...ir.cascade import Cascade
     from ...ir.plan import Plan
+    from ...schedules.schedule import Result
 
 Rewrite = Callable[..., "Cascade"]
 
@@ -62,12 +63,15 @@ def prepare(cascade: Cascade, sizes: Mapping[str, int]) -> tuple[Cascade, tuple[
     return cascade, tuple(notes)
 
 
-def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset()) -> Plan:
+def make_plan(
+    cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset(), results: Mapping[str, Result] | None = None
+) -> Plan:
     """The kernels that compute `cascade`, derived for extents like `sizes`.
 
     Args:
         sizes: the extent of each rank of the inputs at the call; decides only which ranks are short enough to be held whole.
         repeat: ranks over which dependent reductions take a pass each instead of carrying corrected states (a schedule's choice).
+        results: what becomes of reductions inside tiles that are needed more than once (a schedule's choice; else by what is moved).
 
     Raises `UnsupportedError` naming the statement that cannot be lowered.
     """
@@ -75,5 +79,5 @@ def make_plan(cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[s
     from .partition_kernels import partition_kernels
 
     prepared, notes = prepare(cascade, sizes)
-    partition = partition_kernels(prepared, sizes, lambda step: make_plan(step, sizes, repeat=repeat), repeat=repeat)
+    partition = partition_kernels(prepared, sizes, lambda step: make_plan(step, sizes, repeat=repeat), repeat=repeat, results=results or {})
     return Plan(prepared, partition.steps, notes, partition.cuts)

@@ -18,6 +18,7 @@ from ...ir.errors import UnsupportedError
 from ...ir.expr import Expr, Op, Read, aligned, children, reads
 from ...ir.infer import declared_types
 from ...ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan, Rejected, Stage, Step
+from ...schedules.schedule import Result
 from .graph import conjuncts, definitions, dependencies
 from .stream_reductions import Streamer
 from .whole_tensors import Computed, behind, one_step, single, whole_tensors
@@ -48,13 +49,18 @@ class Partition:
 
 
 def partition_kernels(
-    cascade: Cascade, sizes: Mapping[str, int], plan: Callable[[Cascade], Plan], *, repeat: frozenset[str] = frozenset()
+    cascade: Cascade,
+    sizes: Mapping[str, int],
+    plan: Callable[[Cascade], Plan],
+    *,
+    repeat: frozenset[str] = frozenset(),
+    results: Mapping[str, Result],
 ) -> Partition:
     """The steps in launch order. `plan` gives the plan of one step of an iterative block.
 
     Raises `UnsupportedError` where the kernels would need each other's results.
     """
-    return _Partitioner(cascade, sizes, plan, repeat).partition()
+    return _Partitioner(cascade, sizes, plan, repeat, results).partition()
 
 
 def over(s: Einsum | Scan) -> tuple[str, ...]:
@@ -63,13 +69,21 @@ def over(s: Einsum | Scan) -> tuple[str, ...]:
 
 
 class _Partitioner:
-    def __init__(self, cascade: Cascade, sizes: Mapping[str, int], plan: Callable[[Cascade], Plan], repeat: frozenset[str]) -> None:
+    def __init__(
+        self,
+        cascade: Cascade,
+        sizes: Mapping[str, int],
+        plan: Callable[[Cascade], Plan],
+        repeat: frozenset[str],
+        results: Mapping[str, Result],
+    ) -> None:
         self.cascade = cascade
         self.plan = plan
         self.sizes = {**cascade.solve_sizes(sizes)}
         self.static = cascade.static_sizes()
         self.types = declared_types(cascade)
         self.repeat = repeat
+        self.results = results
         self.table = definitions(cascade)
         self.depends = dependencies(cascade)
         self.whole = whole_tensors(cascade)
@@ -292,6 +306,8 @@ class _Partitioner:
             return False
         if not all(self._within(name, s.out, stages[0].domain.predicates) for names in streams[1:] for name in names):
             return False
+        if s.out in self.results:
+            return self.results[s.out] == "keep"
         operands = [r.tensor for r in reads(s.expr)]
         lacking = [r for r in s.ranks if r != stream and any(stream in self._ranks(t) and r not in self._ranks(t) for t in operands)]
         rows = min(SHARING_ROWS, math.prod(self.sizes.get(r, SHARING_ROWS) for r in lacking))
@@ -325,15 +341,17 @@ class _Partitioner:
         """
         if isinstance(s, Scan):
             return s.over == group.stream
+        if any(rank not in self.static and self._chained(rank, s) for rank in s.over) or group.stream in s.over:
+            return False
         size = math.prod(self.sizes.get(rank, INNER_LIMIT + 1) for rank in s.over)
+        apart = all(rank not in group.ranks or self._is_short(rank, group.ranks) or self.sizes.get(rank, FEW + 1) <= FEW for rank in s.over)
+        if size > INNER_LIMIT or not apart:
+            return False
+        if s.out in self.results:
+            return self.results[s.out] != "store"
         tasks = (rank for rank in group.ranks if rank not in s.ranks and not self._is_short(rank, group.ranks))
         repeated = math.prod(n for rank in tasks if (n := self.sizes.get(rank, 1)) > FEW)
-        if size >= REPEATED_SIZE and repeated >= REPEATED_LIMIT:
-            return False
-        if any(rank not in self.static and self._chained(rank, s) for rank in s.over):
-            return False
-        apart = all(rank not in group.ranks or self._is_short(rank, group.ranks) or self.sizes.get(rank, FEW + 1) <= FEW for rank in s.over)
-        return size <= INNER_LIMIT and apart and group.stream not in s.over
+        return size < REPEATED_SIZE or repeated < REPEATED_LIMIT
 
     def _chained(self, rank: str, s: Einsum) -> bool:
         """Whether another reduction over `rank` comes before `s` or after it: together they are a stream of their own."""
