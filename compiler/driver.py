@@ -218,6 +218,7 @@ def _check_names(plan: Plan, programs: Sequence[TileProgram], schedule: Schedule
         ("dot", schedule.dot, tiles, tiles),
         ("group", schedule.group, tiles, tiles),
         ("result", schedule.result, results, results),
+        ("split", schedule.split, [*ranks, *(d.name for d in plan.cascade.ranks)], ranks),
     ):
         for name, _ in entries:
             if name not in known:

@@ -267,6 +267,7 @@ class Executable:
         evaluate(self.cascade, dict(zip(self._names, tensors, strict=True)), dict(zip(self._scalars, scalars, strict=True)))
 
     def _steps(self, sizes: Mapping[str, int], differentiable: bool) -> Bound:
+        sizes = {**self.static, **sizes}  # ranks that the plan made, such as that of a stream's stretches, have constant extents
         calls = [part.call for part in self.parts]
         written = {o.name: o for call in calls for o in call.outputs}
         results = [o.name for o in self.cascade.outputs]

@@ -5,7 +5,8 @@
 Every table may be partial: what a schedule leaves open, the default for the program and the target fills in (`default.py`,
 `layout.py`), so a tuned schedule records only what was chosen. Keys of `layout`, `dot` and `group` are names of tiles of the lowered
 program. `stream` says whether dependent reductions over a rank share a pass, `result` what becomes of a reduction inside a tile that is
-needed more than once: worked out `again`, kept by its kernel between two streams, or stored by a kernel of its own.
+needed more than once: worked out `again`, kept by its kernel between two streams, or stored by a kernel of its own. `split` cuts a
+stream into so many stretches, tasks of their own whose states a second kernel merges.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ class Schedule:
     grid_order: GridOrder = "heavy_first"
     stream: tuple[tuple[str, Stream], ...] = ()
     result: tuple[tuple[str, Result], ...] = ()
+    split: tuple[tuple[str, int], ...] = ()
     version: int = VERSION
 
     @property
     def plan(self) -> dict[str, Any]:
         """The choices that are made when the plan is: the keyword arguments of `make_plan`."""
-        return {"repeat": self.repeated, "results": dict(self.result)}
+        return {"repeat": self.repeated, "results": dict(self.result), "split": dict(self.split)}
 
     @property
     def repeated(self) -> frozenset[str]:
@@ -86,6 +88,7 @@ class Schedule:
         grid_order: GridOrder = "heavy_first",
         stream: Mapping[str, Stream] | None = None,
         result: Mapping[str, Result] | None = None,
+        split: Mapping[str, int] | None = None,
     ) -> Schedule:
         """A schedule from plain tables."""
         return Schedule(
@@ -96,6 +99,7 @@ class Schedule:
             grid_order=grid_order,
             stream=_pairs(stream),
             result=_pairs(result),
+            split=_pairs(split),
         )
 
     def with_tiles(self, **tiles: int) -> Schedule:
@@ -111,6 +115,7 @@ class Schedule:
             "group": {name: asdict(g) for name, g in self.group},
             "stream": dict(self.stream),
             "result": dict(self.result),
+            "split": dict(self.split),
         }
         return {"version": self.version, **{k: v for k, v in tables.items() if v}, "grid_order": self.grid_order}
 
@@ -127,9 +132,9 @@ class Schedule:
     def from_dict(data: object) -> Schedule:
         """A schedule from plain data. Raises `ScheduleError` naming the entry that is unknown, of a wrong type or out of bounds."""
         table = _mapping(data, "a schedule")
-        unknown = set(table) - {"version", "tile", "layout", "dot", "group", "grid_order", "stream", "result"}
+        unknown = set(table) - {"version", "tile", "layout", "dot", "group", "grid_order", "stream", "result", "split"}
         if unknown:
-            hint = "entries are tile, layout, dot, group, grid_order, stream, result"
+            hint = "entries are tile, layout, dot, group, grid_order, stream, result, split"
             raise ScheduleError(f"a schedule has no entry {sorted(unknown)[0]!r}", hint=hint)
         if table.get("version", VERSION) != VERSION:
             raise ScheduleError(f"schedule version {table.get('version')!r}, this einfall reads version {VERSION}")
@@ -152,6 +157,7 @@ class Schedule:
             grid_order=order,
             stream=stream,
             result=result,
+            split={_name(k): _size(v, f"split[{k}]") for k, v in _mapping(table.get("split", {}), "split").items()},
         )
 
     @staticmethod

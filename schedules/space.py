@@ -26,12 +26,13 @@ STREAM_TILES = (32, 64, 128, 256, 512)
 FLAT_ROWS = (1, 2, 4, 8)
 FLAT_STREAMS = (512, 1024, 2048, 4096, 8192, 16384)
 LANE_TILES = (64, 128, 256, 512, 1024)
+LONG = 4096  # elements of a stream that are worth a second kernel
 REGISTER_TILES = ((4, 4), (6, 4), (8, 2), (12, 2), (8, 3), (16, 1))  # rows x vectors
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One decision. `kind` is tile, grid_order, register, update, stream or result; `key` names the rank or tile it is about."""
+    """One decision. `kind` is tile, grid_order, register, update, stream, result or split; `key` names the rank or tile it is about."""
 
     kind: str
     key: str
@@ -54,7 +55,7 @@ class Space:
     def point(self, chosen: Sequence[Any]) -> Schedule:
         """The schedule with one choice for each axis."""
         tile, order, dots, stream = dict(self.base.tile), self.base.grid_order, dict(self.base.dot), dict(self.base.stream)
-        result = dict(self.base.result)
+        result, split = dict(self.base.result), dict(self.base.split)
         for axis, choice in zip(self.axes, chosen, strict=True):
             match axis.kind:
                 case "tile":
@@ -69,8 +70,10 @@ class Space:
                     stream[axis.key] = choice
                 case "result" if choice != "keep":
                     result[axis.key] = choice
+                case "split" if choice > 1:
+                    split[axis.key] = choice
         layout, group = dict(self.base.layout), dict(self.base.group)
-        return Schedule.make(tile=tile, dot=dots, grid_order=order, stream=stream, layout=layout, group=group, result=result)
+        return Schedule.make(tile=tile, dot=dots, grid_order=order, stream=stream, layout=layout, group=group, result=result, split=split)
 
     def choices_of(self, point: Schedule) -> tuple[Any, ...]:
         """The inverse of `point`. A value that is no choice of its axis is returned as it is."""
@@ -87,6 +90,8 @@ class Space:
                 return DotSchedule(register=chosen.register, lane=chosen.lane) if chosen.register else None
             case "update":
                 return dict(point.dot).get(axis.key, DotSchedule()).update_at_load
+            case "split":
+                return dict(point.split).get(axis.key, 1)
             case "result":
                 return dict(point.result).get(axis.key, "keep")
             case _:
@@ -129,9 +134,20 @@ def schedule_space(plan: Plan, sizes: Mapping[str, int], target: Target) -> Spac
             axes.append(Axis("grid_order", kernel.name, orders))
     streams = {k.stream for k in plan.kernels if k.stream is not None and any(s.origins for s in k.stages)}
     axes.extend(Axis("stream", rank, ("online", "repeat")) for rank in sorted(streams))
+    axes.extend(_split_axes(base, plan, known, target))
     axes.extend(Axis("result", name, ("keep", "again")) for k in plan.kernels for name in k.kept)
     unique = {(a.kind, "" if a.kind == "grid_order" else a.key): a for a in axes}
     return Space(base, tuple(unique.values()))
+
+
+def _split_axes(base: Schedule, plan: Plan, sizes: Mapping[str, int], target: Target) -> Iterator[Axis]:
+    """Where a stream's tasks are fewer than the threads: stretches of it as tasks of their own."""
+    for kernel in plan.kernels:
+        roles = kernel_roles(plan.cascade, kernel, sizes)
+        tiles = {**default_tiles(roles, sizes), **dict(base.tile)}
+        tasks = math.prod(-(-sizes.get(rank, 1) // tiles.get(rank, 1)) for rank in roles.grid)
+        if roles.stream is not None and tasks < target.cores and sizes.get(roles.stream, 0) >= LONG:
+            yield Axis("split", roles.stream, tuple(dict.fromkeys((1, target.cores, 2 * target.cores))))
 
 
 def _tile_axes(base: Schedule, kernel: KernelPlan, roles: Roles, sizes: Mapping[str, int]) -> Iterator[Axis]:

@@ -66,6 +66,9 @@ def interval_of(e: Expr, tile: Callable[[str], int | None]) -> Interval | None:
         case Op(name="mul" | "floordiv" as name, args=(a, Const(value=int(k)))) if k > 0:
             x = interval_of(a, tile)
             return None if x is None else (Op(name, (x[0], Const(k))), Op(name, (x[1], Const(k))))
+        case Op(name="mul", args=(a, Extent() as k)):
+            x = interval_of(a, tile)
+            return None if x is None else (Op("mul", (x[0], k)), Op("mul", (x[1], k)))
         case Read(coords=coords, fill=None) if all(tile(rank) == 1 for c in coords for rank in expression_ranks(c)):
             return e, e
         case _:

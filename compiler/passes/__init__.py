@@ -16,7 +16,7 @@ from .lift_predicates import lift_predicates
 from .merge_duplicates import merge_duplicates
 from .name_operands import name_operands
 from .sink_accesses import sink_accesses
-from .split_reductions import split_reductions
+from .split_reductions import split_reductions, split_stream
 from .unroll_blocks import unroll_blocks
 
 if TYPE_CHECKING:
@@ -64,20 +64,33 @@ def prepare(cascade: Cascade, sizes: Mapping[str, int]) -> tuple[Cascade, tuple[
 
 
 def make_plan(
-    cascade: Cascade, sizes: Mapping[str, int], *, repeat: frozenset[str] = frozenset(), results: Mapping[str, Result] | None = None
+    cascade: Cascade,
+    sizes: Mapping[str, int],
+    *,
+    repeat: frozenset[str] = frozenset(),
+    results: Mapping[str, Result] | None = None,
+    split: Mapping[str, int] | None = None,
 ) -> Plan:
     """The kernels that compute `cascade`, derived for extents like `sizes`.
 
     Args:
-        sizes: the extent of each rank of the inputs at the call; decides only which ranks are short enough to be held whole.
-        repeat: ranks over which dependent reductions take a pass each instead of carrying corrected states (a schedule's choice).
-        results: what becomes of reductions inside tiles that are needed more than once (a schedule's choice; else by what is moved).
+        sizes: the extent of each rank of the inputs at the call; decides which ranks are short enough to be held whole, and what is
+            stored rather than worked out again.
+        repeat: ranks over which dependent reductions take a pass each instead of carrying corrected states.
+        results: what becomes of reductions inside tiles that are needed more than once; else what moves least.
+        split: ranks whose stream is cut into so many stretches, each a task of its own. These three are a schedule's choices.
 
-    Raises `UnsupportedError` naming the statement that cannot be lowered.
+    Raises `UnsupportedError` where the kernels would need each other's results.
     """
     from ...ir.plan import Plan
     from .partition_kernels import partition_kernels
 
     prepared, notes = prepare(cascade, sizes)
-    partition = partition_kernels(prepared, sizes, lambda step: make_plan(step, sizes, repeat=repeat), repeat=repeat, results=results or {})
+    for rank, parts in (split or {}).items():
+        prepared = split_stream(prepared, rank, parts)
+
+    def of_step(step: Cascade) -> Plan:
+        return make_plan(step, sizes, repeat=repeat, results=results)
+
+    partition = partition_kernels(prepared, sizes, of_step, repeat=repeat, results=results or {})
     return Plan(prepared, partition.steps, notes, partition.cuts)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ...ir.cascade import Cascade, Concat, Einsum, Statement, defined
+from ...ir.cascade import Cascade, Concat, Einsum, RankDecl, Statement, defined
 from ...ir.expr import Const, Expr, Extent, Index, Op, Read, Tile, aligned, rewrite
 from ...ir.plan import Origin, Stage, State, Value
 from .graph import at_coordinates, definitions, drop_unused, fresh, ordered_body
@@ -35,12 +35,41 @@ def split_reductions(cascade: Cascade) -> Cascade:
     return cascade
 
 
+def split_stream(cascade: Cascade, rank: str, parts: int) -> Cascade:
+    """The reductions over `rank` done for `parts` stretches of it apart, as tasks of their own, and merged by a reduction over these.
+
+    For when there are fewer tasks than threads (flash-decoding). The cascade as it is where a reduction keeps an index, or reads away
+    from its own place along the rank.
+    """
+    names = [s.out for s in cascade.body if isinstance(s, Einsum) and rank in s.over]
+    kinds = {s.op for s in cascade.body if isinstance(s, Einsum) and rank in s.over}
+    if parts < 2 or not names or not kinds <= set(JOINED):
+        return cascade
+    taken = {*cascade.tensor_ranks(), *cascade.all_ranks()}
+    part = fresh(f"{rank}_part", taken)
+    within = fresh(f"{rank}_in", taken)
+    length = Op("floordiv", (Op("add", (Extent(rank), Const(parts - 1))), Const(parts)))
+    place = Op("add", (Index(within), Op("mul", (Index(part), Extent(within)))))
+    piece = _Piece(within, place, part, Op("lt", (place, Extent(rank))))
+    try:
+        body = _Splitter(cascade, rank, (piece,)).body(names)
+    except _NotSplit:
+        return cascade
+    declared = (*cascade.ranks, RankDecl(part, Const(parts)), RankDecl(within, length))
+    return drop_unused(replace(cascade, ranks=declared, body=body))
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A piece of the rank: its own rank, and where it lies in the whole."""
+    """A piece of the rank: its own rank, and where it lies in the whole.
+
+    Of equal stretches there is one piece, with the rank `part` that counts them; `inside` says which of its points are any.
+    """
 
     rank: str
     place: Expr
+    part: str | None = None
+    inside: Expr | None = None
 
 
 class _NotSplit(Exception):
@@ -85,7 +114,7 @@ class _Splitter:
         for s in self.cascade.body:
             if isinstance(s, Einsum) and s.out in names:
                 continue
-            kept.append(self._joined(s) if isinstance(s, Einsum) and self.rank in s.ranks else s)
+            kept.append(self._joined(s) if isinstance(s, Einsum) and self.rank in s.ranks and self.pieces[0].part is None else s)
         return ordered_body((*kept, *self.new), self.cascade.inputs)
 
     def name(self, wanted: str) -> str:
@@ -99,7 +128,11 @@ class _Splitter:
         moved = at_coordinates(e, {self.rank: piece.place})
 
         def rule(node: Expr) -> Expr | None:
-            if not isinstance(node, Read) or node.tensor not in self.table:
+            if not isinstance(node, Read):
+                return None
+            if piece.part is not None and not isinstance(self.table.get(node.tensor), Einsum):
+                return self._in_memory(node, piece)
+            if node.tensor not in self.table:
                 return None
             s = self.table[node.tensor]
             ranks = dict(defined(s))[node.tensor]
@@ -111,11 +144,17 @@ class _Splitter:
                 others = {r: c for r, c in zip(ranks, node.coords, strict=True) if r != self.rank}
                 return at_coordinates(dict(s.parts)[piece.rank], others) if piece.rank in dict(s.parts) else self._refuse()
             if isinstance(s, Einsum):
-                coords = tuple(Index(piece.rank) if r == self.rank else c for r, c in zip(ranks, node.coords, strict=True))
+                own = {r: Index(piece.rank) if r == self.rank else c for r, c in zip(ranks, node.coords, strict=True)}
+                coords = (*([] if piece.part is None else [Index(piece.part)]), *own.values())
                 return replace(node, tensor=self._copy(s, piece), coords=coords)
             raise _NotSplit
 
         return rewrite(moved, rule)
+
+    def _in_memory(self, node: Read, piece: _Piece) -> Read:
+        """A read where a stretch lies; the last one may be cut short, and no read leaves the tensor for it."""
+        last = Op("sub", (Extent(self.rank), Const(1)))
+        return replace(node, coords=tuple(Op("minimum", (c, last)) if c == piece.place else c for c in node.coords))
 
     def _refuse(self) -> Expr:
         raise _NotSplit
@@ -126,6 +165,7 @@ class _Splitter:
         if key not in self.copies:
             name = self.copies[key] = self.name(f"{s.out}_{piece.rank}")
             ranks = tuple(piece.rank if r == self.rank else r for r in s.ranks)
+            ranks = _with_part(ranks, piece)
             where = None if s.where is None else self.at_piece(s.where, piece)
             self.new.append(replace(s, out=name, ranks=ranks, expr=self.at_piece(s.expr, piece), where=where))
         return self.copies[key]
@@ -176,7 +216,9 @@ class _StageSplitter:
         over = tuple(piece.rank if r == self.splitter.rank else r for r in state.over)
         where = None if condition is None else self.splitter.at_piece(condition, piece)
         summand = self._at_origins(self.splitter.at_piece(state.summand, piece), lambda o: self._local(o, piece))
-        self.splitter.new.append(Einsum(name, state.ranks, summand, state.op, over, where))
+        if piece.inside is not None:
+            where = piece.inside if where is None else Op("and", (piece.inside, where))
+        self.splitter.new.append(Einsum(name, _with_part(state.ranks, piece), summand, state.op, over, where))
 
     def _local(self, o: Origin, piece: _Piece) -> Expr:
         """An origin formed from the piece's own reductions."""
@@ -184,9 +226,12 @@ class _StageSplitter:
         if key not in self.local:
             self.local[key] = self.splitter.name(f"{o.name}_{piece.rank}")
             e = in_flight(o.expr, self.splitter.rank, self.values, (), Extent(piece.rank))
-            value = self._resolved(e, lambda s: aligned(self.of_piece[s, piece.rank], *self.of_state[s].ranks), Extent(piece.rank))
-            self.splitter.new.append(Einsum(self.local[key], o.ranks, _finite(o, value)))
-        return aligned(self.local[key], *o.ranks)
+            value = self._resolved(e, lambda s: self._of_piece(s, piece), Extent(piece.rank))
+            self.splitter.new.append(Einsum(self.local[key], _with_part(o.ranks, piece), _finite(o, value)))
+        return aligned(self.local[key], *_with_part(o.ranks, piece))
+
+    def _of_piece(self, state: str, piece: _Piece) -> Read:
+        return aligned(self.of_piece[state, piece.rank], *_with_part(self.of_state[state].ranks, piece))
 
     # merged --------------------------------------------------------------------------------------------------------------
 
@@ -197,15 +242,17 @@ class _StageSplitter:
             total = term if total is None else Op(JOINED[state.op], (total, term))
         assert total is not None
         name = self.merged[state.name] = self.splitter.name(f"{state.name}_all")
-        self.splitter.new.append(Einsum(name, state.ranks, total))
+        part = self.splitter.pieces[0].part
+        merged = Einsum(name, state.ranks, total) if part is None else Einsum(name, state.ranks, total, state.op, (part,))
+        self.splitter.new.append(merged)
 
     def _carried(self, state: State, piece: _Piece) -> Expr:
         """The state of a piece, carried to the common origins. What is still the identity stays it."""
-        own = aligned(self.of_piece[state.name, piece.rank], *state.ranks)
+        own = self._of_piece(state.name, piece)
         total: Expr | None = None
         for name, coefficient in state.correction.terms:
             other = self.of_state[name]
-            before = aligned(self.of_piece[name, piece.rank], *other.ranks)
+            before = self._of_piece(name, piece)
             term: Expr = before
             if coefficient is not None:
                 carried = self._at_origins(coefficient, self._common, lambda o: self._local(o, piece))
@@ -248,6 +295,10 @@ class _StageSplitter:
             return new(self.origins[name]) if name == node.name or old is None else old(self.origins[name])
 
         return rewrite(e, rule)
+
+
+def _with_part(ranks: tuple[str, ...], piece: _Piece) -> tuple[str, ...]:
+    return ranks if piece.part is None else (piece.part, *ranks)
 
 
 def _finite(o: Origin, value: Expr) -> Expr:
