@@ -182,10 +182,8 @@ class _Partitioner:
 
     def _share(self, a: frozenset[str], b: frozenset[str]) -> bool:
         """Whether two results may be made by the same tasks: ranks that one of them lacks are short."""
-        extra = 1
-        for rank in a ^ b:
-            extra *= self.sizes.get(rank, INNER_LIMIT)
-        nested = a <= b or b <= a or all(self._is_short(rank, a | b) for rank in a ^ b)
+        extra = max(math.prod(self.sizes.get(rank, INNER_LIMIT) for rank in side) for side in (a - b, b - a))
+        nested = a <= b or b <= a or all(self._is_short(rank, a | b) or self.sizes.get(rank, INNER_LIMIT) <= FEW for rank in a ^ b)
         return nested and extra <= SHARED_LIMIT
 
     # the stream --------------------------------------------------------------------------------------------------------
@@ -308,11 +306,26 @@ class _Partitioner:
             return False
         if s.out in self.results:
             return self.results[s.out] == "keep"
-        operands = [r.tensor for r in reads(s.expr)]
+        operands = self._operands(s)
         lacking = [r for r in s.ranks if r != stream and any(stream in self._ranks(t) and r not in self._ranks(t) for t in operands)]
         rows = min(SHARING_ROWS, math.prod(self.sizes.get(r, SHARING_ROWS) for r in lacking))
-        again = sum(self._bytes_along(t, s.over) for t in dict.fromkeys(operands) if stream in self._ranks(t) and t in inputs)
+        again = sum(self._bytes_along(t, s.over) for t in operands if stream in self._ranks(t) and t in inputs)
         return 2 * STORED_BYTES * rows < again
+
+    def _operands(self, s: Einsum) -> list[str]:
+        """The tensors that the summand reads, through the maps that it is written with."""
+        found: dict[str, None] = {}
+
+        def visit(e: Expr) -> None:
+            for r in reads(e):
+                source = self.table.get(r.tensor)
+                if isinstance(source, Einsum) and source.op is None and r.tensor not in self.whole:
+                    visit(source.expr)
+                else:
+                    found[r.tensor] = None
+
+        visit(s.expr)
+        return list(found)
 
     def _within(self, name: str, kept: str, domain: tuple[Expr, ...]) -> bool:
         """Whether `name` depends on `kept` only at points that satisfy `domain`, where the first stream has been."""
