@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MEMO_LIMIT = 4096  # signatures kept; a cache that grows by one key a step would otherwise never stop
 
+T = TypeVar("T")
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 
@@ -178,7 +179,7 @@ class Executable:
     @property
     def artifact(self) -> Artifact:
         """What the target's compiler made of the only kernel, or of the last one where there are several (see `artifacts`)."""
-        return self.artifacts[-1]
+        return self._last(self.artifacts)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -207,7 +208,14 @@ class Executable:
     @property
     def program(self) -> TileProgram:
         """The tile program of the only kernel, or of the last one where there are several (see `programs`)."""
-        return self.programs[-1]
+        return self._last(self.programs)
+
+    def _last(self, kernels: Sequence[T]) -> T:
+        if not kernels:
+            raise UnsupportedError(
+                "no step of its plan is a kernel of its own", cascade=self.cascade.name, hint="exe.plan.steps says what it is made of"
+            )
+        return kernels[-1]
 
     def save(self, folder: str | Path) -> Path:
         """Write source, binaries and a manifest into `folder`, for `ef.load`. Returns the folder.
