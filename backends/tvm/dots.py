@@ -9,7 +9,7 @@ from typing import TypeAlias
 from ...ir.expr import Expr, Read, Tile
 from ...ir.infer import expression_ranks
 from ...ir.tile import Dot
-from ...ir.types import f64
+from ...ir.types import bf16, f64
 from . import script as ts
 from .evaluate import Active, Point
 from .kernel import Kernel, Nest
@@ -193,15 +193,16 @@ def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str
             inner.loop(kernel.names, rank, ts.ceil_div(count, 2), step=2, prefix="k")
         else:
             inner.loop(kernel.names, rank, count, prefix="k", exact=kernel.is_exact(rank, loops))
+    neighbours = _pairs_of_neighbours(kernel, dot, tile, loops)
     if tile.horizontal:
         lane = str(tile.lane)
-        count = ts.ceil_div(kernel.trip(lane, loops), tile.lanes)
-        inner.loop(kernel.names, lane, count, step=tile.lanes, prefix="k")
+        step = tile.lanes * (2 if neighbours else 1)
+        inner.loop(kernel.names, lane, ts.ceil_div(kernel.trip(lane, loops), step), step=step, prefix="k")
         inner.point = replace(inner.point, lane=lane, lanes=tile.lanes)
 
     def multiply(at: Point, target: Value, body: list[Statement]) -> None:
-        if paired is not None:
-            a, b = (_pair(kernel, e, paired, at, body) for e in (dot.a, dot.b))
+        if paired is not None or neighbours:
+            a, b = (_neighbours(kernel, e, at, body) if paired is None else _pair(kernel, e, paired, at, body) for e in (dot.a, dot.b))
             function = f"dot_bf16_v{tile.lanes}"
             kernel.evaluator.helpers.add(function)
             total = ts.extern(function, target, ts.broadcast(a, tile.lanes), ts.broadcast(b, tile.lanes), dtype="float32", lanes=tile.lanes)
@@ -238,6 +239,33 @@ def _operand(kernel: Kernel, e: Expr, tile: RegisterTile, at: Point, out: list[S
         tests.append(Value(f"{index.text} < {limit.text}", "bool", tile.lanes, binding=ts.OTHER))
     inside = kernel.evaluator.all_of(tests)
     return v if inside is None else kernel.evaluator.select(inside, v, ts.constant(0, v.dtype))
+
+
+def _pairs_of_neighbours(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tuple[Active, ...]) -> bool:
+    """Whether a horizontal dot multiplies two neighbours at once in bf16: a contracted rank of a known number of such vectors."""
+    if not tile.horizontal or dot.dtype != bf16 or not kernel.cpu.bf16_dot or any(a.loop.rank == tile.lane for a in loops):
+        return False
+    return kernel.size(str(tile.lane), loops) % (2 * tile.lanes) == 0 and kernel.is_exact(str(tile.lane), loops)
+
+
+def _lies_in_pairs(kernel: Kernel, e: Read, at: Point) -> bool:
+    array = kernel.memory.arrays[e.tensor]
+    return array.dtype == bf16 and e.fill is None and kernel.evaluator.is_vector(e, array, at)
+
+
+def _neighbours(kernel: Kernel, e: Expr, at: Point, out: list[Statement]) -> Value:
+    """Two vectors along the lane as one of bf16: from memory as it lies there, else rounded."""
+    lane = str(at.lane)
+    if isinstance(e, Read) and _lies_in_pairs(kernel, e, at):
+        element = kernel.evaluator.element(e, replace(at, lane=None, lanes=1, exact=at.exact | {lane}), out)
+        function = f"load_pairs_v{at.lanes}"
+        kernel.evaluator.helpers.add(function)
+        return ts.extern(function, Value(f"T.address_of({element.text})", "handle"), dtype="int32", lanes=at.lanes)
+    after = replace(at, local={**at.local, lane: ts.add(at.local[lane], ts.integer(at.lanes))})
+    low, high = (ts.broadcast(kernel.evaluator.cast(kernel.evaluator.value(e, p, out), "float32"), at.lanes) for p in (at, after))
+    function = f"join_bf16_v{at.lanes}"
+    kernel.evaluator.helpers.add(function)
+    return ts.extern(function, low, high, dtype="int32", lanes=at.lanes)
 
 
 def _pair(kernel: Kernel, e: Expr, paired: str, at: Point, out: list[Statement]) -> Value:

@@ -9,6 +9,7 @@ from ...ir.expr import Expr, Start, walk
 from ...ir.tile import GridRank, Loop, TileProgram
 from ...ir.types import DType
 from ...schedules.layout import complete, padded_sizes
+from ...schedules.operands import fold_operands
 from ...schedules.schedule import Schedule
 from ...schedules.target import Target
 from ..base import Source
@@ -36,6 +37,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     Raises `UnsupportedError` naming statement and operation for what the CPU cannot do, `ScheduleError` for an illegal schedule.
     """
     cpu = cpu_of(target)
+    program = fold_operands(program, schedule)
     schedule = complete(program, schedule, target)
     names = Names()
     memory = Memory(program, names, strided)

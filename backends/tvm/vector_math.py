@@ -14,7 +14,7 @@ from .cpu import Cpu
 from .llvm_ir import LLVM_TYPES, MANGLED, Ir
 from .vector_floats import FLOATS, LIBM, TESTS, float_ir, libm_ir, test_ir
 from .vector_integers import INTEGER, cast_ir, count_ir, integer_ir, wrap_nibble_ir
-from .vector_memory import load_ir, load_pair_ir, store_ir
+from .vector_memory import load_ir, load_pair_ir, load_pairs_ir, store_ir
 from .vector_narrow import convert_ir, nibble_ir
 from .vector_scans import prefix_ir
 
@@ -188,6 +188,14 @@ def _dot_bf16(n: int) -> str:
     return ir.finish(ir.f, ir.call(ir.f, f"llvm.x86.avx512bf16.dpbf16ps.{n * 32}", (ir.f, "%c"), (wide, a), (wide, b)))
 
 
+def _join_bf16(n: int) -> str:
+    """Two vectors of f32 rounded to bf16, one after the other as they would lie in memory."""
+    ir = Ir(f"<{n} x i32> @join_bf16_v{n}(<{n} x float> %low, <{n} x float> %high)", n)
+    wide = f"<{2 * n} x bfloat>"
+    both = ir.call(wide, f"llvm.x86.avx512bf16.cvtne2ps2bf16.{n * 32}", (ir.f, "%high"), (ir.f, "%low"))
+    return ir.finish(ir.i, ir.op(f"bitcast {wide} {both} to {ir.i}"))
+
+
 def _pack_bf16(n: int) -> str:
     """Two vectors of f32 rounded to bf16 and interleaved: `low` in the low halves of the result, `high` in the high ones."""
     ir = Ir(f"<{n} x i32> @pack_bf16_v{n}(<{n} x float> %low, <{n} x float> %high)", n)
@@ -199,6 +207,7 @@ def _pack_bf16(n: int) -> str:
 
 
 NEEDS = {"sigmoid": ("exp",), "tanh": ("exp",)}
+PAIRED = {"dot_bf16": _dot_bf16, "join_bf16": _join_bf16, "pack_bf16": _pack_bf16}
 SIMPLE = {"exp2": _exp2, "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid}
 
 
@@ -209,6 +218,8 @@ def helper_ir(cpu: Cpu, function: str) -> str:
         return load_pair_ir()
     stem, _, end = function.rpartition("_")
     n = 1 if end == "s" else int(end[1:])
+    if stem == "load_pairs":
+        return load_pairs_ir(n)
     of_any_width = _of_any_width(stem, n)
     if of_any_width is not None:
         return of_any_width
@@ -218,8 +229,8 @@ def helper_ir(cpu: Cpu, function: str) -> str:
         return SIMPLE[stem](cpu, n)
     if stem in ("log", "log2"):
         return _log(cpu, n, stem == "log2")
-    if stem in ("dot_bf16", "pack_bf16"):
-        return _dot_bf16(n) if stem == "dot_bf16" else _pack_bf16(n)
+    if stem in PAIRED:
+        return PAIRED[stem](n)
     if stem == "hsum4_float32":
         return _sum_of_four(n)
     verb, _, t = stem.partition("_")

@@ -61,6 +61,12 @@ def store_ir(t: str, n: int, masked: bool) -> str:
     return ir.finish("i32", "0")
 
 
+def load_pairs_ir(n: int) -> str:
+    """Neighbours of 16 bits, two an i32, from memory that need not be aligned."""
+    ir = Ir(f"<{n} x i32> @load_pairs_v{n}(ptr %p)", n)
+    return ir.finish(ir.i, ir.op(f"load {ir.i}, ptr %p, align 2, !invariant.load !0"))
+
+
 def load_pair_ir() -> str:
     """Two neighbours of 16 bits as one i32."""
     ir = Ir("i32 @load_pair(ptr %p)", 1)
