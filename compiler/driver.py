@@ -130,7 +130,7 @@ def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[list[Part 
                 inner = replace(order, cascade=step.step)
                 body = lower_plan(inner, step.body, None)
                 inside, files = _parts(inner, body, store)
-                executable = Executable(inner.cascade, order.target, body.schedule, order.sizes, inside, order.strided)
+                executable = Executable(inner.cascade, order.target, body.schedule, order.sizes, inside, order.strided, inner=True)
                 executable.remember(body.plan, body.programs)
                 parts.append(LoopPart.of(step, types, executable))
                 names.append({"body": files})

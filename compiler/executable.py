@@ -72,6 +72,8 @@ class Executable:
         parts: the kernels, library calls and loops, in launch order.
         static: the extents that kernels were specialised to.
         strided: inputs whose last axis need not be contiguous.
+
+    An `inner` one is the body of a loop, whose indices are checked with the whole cascade's.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Executable:
         sizes: Mapping[str, int],
         parts: Sequence[Part | LibraryPart | LoopPart],
         strided: frozenset[str] = frozenset(),
+        *,
+        inner: bool = False,
     ) -> None:
         self.cascade = cascade
         self.target = target
@@ -93,7 +97,8 @@ class Executable:
         self._names = tuple(t.name for t in cascade.inputs)
         self._scalars = tuple(s.name for s in cascade.scalars)
         self._converters = tuple((s.name, converter(s.dtype)) for s in cascade.scalars)
-        self._gathers = any(True for s in cascade.body for e in expressions(s) for r in reads(e) for c in r.coords for _ in reads(c))
+        coordinates = (c for s in cascade.body for e in expressions(s) for r in reads(e) for c in r.coords)
+        self._gathers = not inner and any(True for c in coordinates for _ in reads(c))
         self._memo: dict[tuple[object, ...], Bound] = {}
         self._plan: Plan | None = None
         self._programs: tuple[TileProgram, ...] | None = None

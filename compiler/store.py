@@ -70,7 +70,9 @@ def _entry(part: Part | LibraryPart | LoopPart, files: Mapping[str, Any]) -> dic
             return {"call": part.call.to_dict(), "entry": part.source.entry, **files}
 
 
-def executable_of(facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], str], Path], cascade: Cascade | None = None) -> Executable:
+def executable_of(
+    facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], str], Path], cascade: Cascade | None = None, *, inner: bool = False
+) -> Executable:
     """The executable that a manifest describes; `file(kernel, "source" | "binary")` finds the files of a kernel.
 
     Raises `BuildError` for another format or toolchain, `KeyError`, `TypeError` or `ValueError` for a manifest that is malformed.
@@ -89,14 +91,14 @@ def executable_of(facts: Mapping[str, Any], file: Callable[[Mapping[str, Any], s
         if "library" in kernel:
             parts.append(LibraryPart(call, parse_cascade(str(kernel["library"]), MANIFEST)))
         elif "loop" in kernel:
-            parts.append(LoopPart(call, parse_cascade(str(kernel["loop"]), MANIFEST), executable_of(kernel["body"], file)))
+            parts.append(LoopPart(call, parse_cascade(str(kernel["loop"]), MANIFEST), executable_of(kernel["body"], file, inner=True)))
         else:
             source = Source.make(file(kernel, "source").read_text(encoding="utf-8"), str(kernel["entry"]), target)
             parts.append(Part(call, source, kernel.get("facts"), path=file(kernel, "binary")))
     if cascade is None:
         cascade = parse_cascade(str(facts["cascade"]), MANIFEST)
     sizes = {str(rank): int(size) for rank, size in facts["sizes"].items()}
-    return Executable(cascade, target, Schedule.from_dict(facts["schedule"]), sizes, parts, frozenset(facts["strided"]))
+    return Executable(cascade, target, Schedule.from_dict(facts["schedule"]), sizes, parts, frozenset(facts["strided"]), inner=inner)
 
 
 def save_executable(executable: Executable, folder: str | Path) -> Path:
