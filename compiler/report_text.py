@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..ir.plan import KernelPlan
+from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Step
 from ..ir.text import print_cascade, print_expr, print_statement
 from .figures import basis_of, byte_count, duration, missing_hint, quantity
 from .operations import by_unit
@@ -66,11 +66,17 @@ def _kernels(report: Report) -> list[str]:
     return ["plan", *(line for kernel in report.kernels for line in _kernel(kernel))]
 
 
+def _headline(step: Step) -> str:
+    kind = {KernelPlan: "kernel", LibraryPlan: "library", LoopPlan: "loop"}[type(step)]
+    return f"{kind} {step.name}: reads {', '.join(step.inputs) or 'nothing'}, stores {', '.join(step.outputs)}"
+
+
 def _kernel(kernel: KernelReport) -> list[str]:
     plan = kernel.plan
     moved = "" if kernel.traffic_bytes is None else f", {byte_count(kernel.traffic_bytes)}"
-    kind = "kernel" if isinstance(plan, KernelPlan) else "library"
-    lines = [f"  {kind} {plan.name}: reads {', '.join(plan.inputs) or 'nothing'}, stores {', '.join(plan.outputs)}{moved}"]
+    lines = [f"  {_headline(plan)}{moved}"]
+    if isinstance(plan, LoopPlan):
+        lines += [f"    in each step, {_headline(step)}" for step in plan.body.steps]
     if not isinstance(plan, KernelPlan):
         lines += [f"    {line}" for s in plan.cascade.body for line in print_statement(s).splitlines()]
     elif plan.kept:
