@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -15,6 +16,8 @@ from .evaluate import Active, Point
 from .kernel import Kernel, Nest
 from .script import Alloc, Comment, For, Set, Statement, Value
 from .stores import write_tile
+
+UNROLLED = 16  # vectors of a row up to which a horizontal dot has no loop: what an operand's parts share is loaded and converted once
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,7 @@ def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str
     paired = kernel.pairs.get(dot.dst)
     loops = nest.point.loops
     inner = Nest(nest.body, nest.point)
+    kind = "T.unroll" if tile.horizontal and _vectors_deep(kernel, dot, tile, loops) <= UNROLLED else "range"
     for rank in dot.over:
         if rank == tile.lane:
             continue
@@ -192,7 +196,7 @@ def _contract(kernel: Kernel, dot: Dot, tile: RegisterTile, nest: Nest, acc: str
         if rank == paired:
             inner.loop(kernel.names, rank, ts.ceil_div(count, 2), step=2, prefix="k")
         else:
-            inner.loop(kernel.names, rank, count, prefix="k", exact=kernel.is_exact(rank, loops))
+            inner.loop(kernel.names, rank, count, kind=kind, prefix="k", exact=kernel.is_exact(rank, loops))
     neighbours = _pairs_of_neighbours(kernel, dot, tile, loops)
     if tile.horizontal:
         lane = str(tile.lane)
@@ -239,6 +243,13 @@ def _operand(kernel: Kernel, e: Expr, tile: RegisterTile, at: Point, out: list[S
         tests.append(Value(f"{index.text} < {limit.text}", "bool", tile.lanes, binding=ts.OTHER))
     inside = kernel.evaluator.all_of(tests)
     return v if inside is None else kernel.evaluator.select(inside, v, ts.constant(0, v.dtype))
+
+
+def _vectors_deep(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tuple[Active, ...]) -> float:
+    """Vectors of a row of a horizontal dot; without end where that is not known."""
+    if any(kernel.trip(rank, loops).number is None for rank in dot.over):
+        return math.inf
+    return math.prod(kernel.size(rank, loops) for rank in dot.over) / tile.lanes
 
 
 def _pairs_of_neighbours(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tuple[Active, ...]) -> bool:
