@@ -23,6 +23,7 @@ from .check_tiles import (
     TileFault,
     check_definitions,
     check_kernel_names,
+    check_read_back,
     check_stores,
     check_tile_expressions,
     check_tile_ranks,
@@ -36,7 +37,8 @@ CASCADE_CHECKS: tuple[Callable[[Cascade], Iterator[Fault]], ...] = (
     check_names, check_axes, check_reads, check_ranks, check_sizes, check_concatenations, check_types, check_outputs,
 )  # fmt: skip
 PROGRAM_CHECKS: tuple[Callable[[TileProgram], Iterator[TileFault]], ...] = (
-    check_kernel_names, check_tiling, check_definitions, check_tile_ranks, check_tile_expressions, check_tile_types, check_stores,
+    check_kernel_names, check_tiling, check_definitions, check_read_back, check_tile_ranks, check_tile_expressions, check_tile_types,
+    check_stores,
 )  # fmt: skip
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from .check_statements import RESERVED, nearest, node_types, operation_hint
 from .errors import CascadeError
-from .expr import OPS, REDUCTIONS, SCANS, Count, Expr, Masked, Op, Read, Scalar, Seen, Start, Tile, walk
+from .expr import OPS, REDUCTIONS, SCANS, Count, Expr, Masked, Op, Read, Scalar, Seen, Start, Tile, reads, walk
 from .infer import expression_ranks, expression_type
 from .text import program_ranks
 from .tile import Dot, Loop, Map, Node, Reduce, Scan, Store, TileProgram, kernel_tiles
@@ -183,6 +183,19 @@ def check_definitions(p: TileProgram) -> Iterator[TileFault]:
                     yield TileFault(f"unknown scalar {name!r}", use.node, nearest(name, scalars))
                 case _:
                     pass
+
+
+def check_read_back(p: TileProgram) -> Iterator[TileFault]:
+    """An output is read only after the node, or the whole loop, that stores it."""
+    outputs = {o.name for o in p.outputs}
+    stored: set[str] = set()
+    for top in p.body:
+        alone = replace(p, body=(top,))
+        for use in uses(alone):
+            for read in reads(use.expr):
+                if read.tensor in outputs and read.tensor not in stored:
+                    yield TileFault(f"{read.tensor!r} is read before it is stored", use.node, "store it in an earlier loop")
+        stored |= {node.tensor for node, _, _ in nodes(alone) if isinstance(node, Store)}
 
 
 def check_tile_ranks(p: TileProgram) -> Iterator[TileFault]:

@@ -225,9 +225,9 @@ ILLEGAL_PROGRAMS = {
         "before_its_definition": KERNEL + GRID + "  s[e] = u\n  u[e] = 0.0\n" + STORE,
         "outside_of_its_loop": KERNEL + GRID + SUM + "  s[e] = part\n" + STORE,
         "first_value_from_the_body": KERNEL + GRID + LOOP.replace("= 0.0", "= next") + "    next[e] = acc\n  s[e] = acc\n" + STORE,
-        "output_read": KERNEL + GRID + "  s[e] = O[b,e]\n" + STORE,
         "coordinates_missing": KERNEL + GRID + "  s[e] = X[b,e]\n" + STORE,
     },
+    "check_read_back": {"output_read": KERNEL + GRID + "  s[e] = O[b,e]\n" + STORE},
     "check_tile_ranks": {
         "rank_without_tile": KERNEL + GRID + "  s[e,p] = 0.0\n" + STORE,
         "rank_of_a_single_grid_tile": KERNEL + GRID + "  s[b,e] = 0.0\n" + STORE,

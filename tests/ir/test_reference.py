@@ -224,6 +224,7 @@ def slots(row, places, count):
 @given(data=st.data(), b=EXTENT, p=EXTENT, k=st.integers(0, 9))
 def test_topk_and_sort(data, b, p, k):
     x = data.draw(arrays(b, p))
+    k = min(k, p)
     keep = data.draw(arrays(b, p, values=st.booleans(), dtype=torch.bool))
     body = [
         Populate("V", "I", ("s", "b"), at("X b p"), "topk", "p", "s", Const(k), at("C b p")),
@@ -239,6 +240,12 @@ def test_topk_and_sort(data, b, p, k):
         expected = slots(values, falling(values, [True] * p), p)
         same(result["SV"][row], expected[0])
         assert result["SI"][row].tolist() == expected[1]
+
+
+def test_a_top_k_of_more_than_there_is():
+    c = cascade(inputs=["X: p"], body=[Populate("V", "I", ("s",), at("X p"), "topk", "p", "s", Const(4))], outputs=["V: s"])
+    with pytest.raises(BindingError, match="top-k keeps s = 4 elements of rank p, which has extent 3"):
+        run(c, X=torch.zeros(3))
 
 
 @given(data=st.data(), b=EXTENT, p=EXTENT, bound=st.floats(-1, 6, width=16))
