@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...ir.expr import Expr, Masked, walk
-from ...ir.tile import Dot, Loop, Scan, Store
+from ...ir.tile import Dot, Loop, Scan
 from . import script as ts
 from .dots import covered_by_dot, emit_dot
 from .evaluate import Active, Point
@@ -99,7 +99,6 @@ def _runs(kernel: Kernel, stream: Stream, loops: tuple[Active, ...], out: list[S
     if not _maskable(stream) and high.number is not None and high.number % loop.tile == 0 and low.number == 0:
         return low, high, [_Run(first, last, False)]
     runs = [_Run(first, inside, True), _Run(inside, outer, False), _Run(outer, last, True)]
-    high = extent if _stores(stream) else high
     return low, high, [r for r in runs if r.first.text != r.last.text]
 
 
@@ -125,10 +124,6 @@ def _span(kernel: Kernel, parts: list[Part], loop: Loop, loops: tuple[Active, ..
     if loop.tile % step or step >= loop.tile:
         return ts.integer(loop.tile)
     return ts.mul(ts.ceil_div(valid, step), ts.integer(step))
-
-
-def _stores(stream: Stream) -> bool:
-    return any(isinstance(s, Store) for s in all_steps(stream.body))
 
 
 def as_int64(v: Value) -> Value:

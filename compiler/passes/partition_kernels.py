@@ -88,6 +88,7 @@ class _Partitioner:
         self.depends = dependencies(cascade)
         self.whole = whole_tensors(cascade)
         self.behind = behind(cascade)
+        self.levels: dict[str, int] = {}
         self.order = {name: i for i, s in enumerate(cascade.body) for name, _ in defined(s)}
 
     def partition(self) -> Partition:
@@ -127,13 +128,19 @@ class _Partitioner:
         return LoopPlan(alone.name, alone, step, self.plan(step))
 
     def _group(self, roots: list[str], *, careful: bool) -> list[_Group]:
-        """Roots that may share a kernel. A `careful` one never has a root of another kernel between two of its own."""
+        """Roots that may share a kernel.
+
+        A `careful` one never has a root of another kernel between two of its own, and all its roots wait for equally long chains of
+        whole tensors, so that two kernels cannot wait for each other.
+        """
         groups: list[_Group] = []
         for root in sorted(roots, key=lambda name: self.order.get(name, -1)):
             stream = self._stream(root)
             ranks = frozenset(self._ranks(root)) - {stream}
             for group in groups:
                 apart = any(other in self.behind[root] or root in self.behind[other] for other in group.roots)
+                if careful and self._level(root) != self._level(group.roots[0]):
+                    continue
                 if careful and any(self._between(root, other.roots, group.roots) for other in groups if other is not group):
                     continue
                 if group.stream == stream and not apart and self._share(group.ranks, ranks):
@@ -175,6 +182,12 @@ class _Partitioner:
     def _reduces(self, name: str) -> bool:
         s = self.table.get(name)
         return isinstance(s, Einsum) and s.op is not None
+
+    def _level(self, name: str) -> int:
+        """The length of the longest chain of tensors that must be whole one after the other before `name` can be made."""
+        if name not in self.levels:
+            self.levels[name] = max((1 + self._level(other) for other in self.behind.get(name, ())), default=0)
+        return self.levels[name]
 
     def _between(self, root: str, others: list[str], mine: list[str]) -> bool:
         """Whether `root` needs one of `others` that needs one of `mine`."""

@@ -72,8 +72,9 @@ def behind(cascade: Cascade) -> dict[str, frozenset[str]]:
         reached = frozenset(direct).union(*(depends.get(name, frozenset()) for name in direct))
         before = frozenset(far).union(*(depends.get(name, frozenset()) for name in far))
         before = before.union(*(found.get(name, frozenset()) for name in direct))
+        own = {*dict(defined(s)), *defined_inside(s)}  # a block reads its own states
         for name, _ in defined(s):
-            depends[name], found[name] = reached, before
+            depends[name], found[name] = reached - own, before - own
     return found
 
 
