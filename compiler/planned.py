@@ -23,9 +23,10 @@ def planned_cascade(plan: Plan) -> Cascade:
 
 
 def storing_streams(cascade: Cascade, kernel: KernelPlan) -> dict[str, int]:
-    """For each output along the stream the number of the kernel's stream that stores it, as lowering has it.
+    """For each output along the stream the number of the kernel's stream that stores it.
 
     It is the first that visits every element, once no reduction of its own or of a later one is needed; else one after all stages.
+    What the kernel alone reads back is stored in the first.
     """
     depends, ranks = dependencies(cascade), cascade.tensor_ranks()
     found = {}

@@ -9,13 +9,13 @@ from functools import partial
 from ...ir.cascade import Cascade, Output, RankDecl, Scan, Tensor
 from ...ir.errors import ScheduleError, UnsupportedError
 from ...ir.expr import Cast, Const, Expr, Extent, Index, Scalar, reads, walk
-from ...ir.plan import KernelPlan, Stage
+from ...ir.plan import KernelPlan
 from ...ir.tile import Bounds, GridRank, Loop, Node, Store, TileOutput, TileProgram
 from ...ir.types import DType, f32, f64
 from ...schedules.default import default_tiles, tile_of
 from ...schedules.roles import Roles, kernel_roles
 from ...schedules.schedule import Schedule
-from ..passes.graph import dependencies
+from ..planned import storing_streams
 from .share import (
     drop_dead,
     fold_scales,
@@ -87,10 +87,11 @@ class _KernelLowering:
         """The whole kernel: its streams one after the other, each with what it can store on the way, then the rest."""
         v = self.values
         stream = self.kernel.stream or ""
-        inside = [name for name in self.kernel.outputs if stream in v.cascade.tensor_ranks()[name]]
+        storing = storing_streams(self.cascade, self.kernel)
+        inside = list(storing)
         for stage in self.kernel.stages:
             lowering = StageLowering(v, stage, self._final)
-            now = [name for name in inside if self._may_store(name, stage)]
+            now = [name for name in inside if storing[name] == stage.index]
             loop = lowering.loop(partial(self._stores, now))
             self.done.append(lowering)
             self._append_loop(loop)
@@ -107,13 +108,6 @@ class _KernelLowering:
             whole = Bounds(Const(0), Const(0), Extent(stream), Extent(stream))
             self._append_loop(Loop(stream, v.size(stream), (), whole, carried, nodes))
         return self._finish()
-
-    def _may_store(self, name: str, stage: Stage) -> bool:
-        """Whether the stream of `stage` can store `name`: it visits every element, and nothing that it or a later one sums is needed."""
-        if name in self.kernel.kept:
-            return True
-        later = {r.out for s in self.kernel.stages if s.index >= stage.index for r in s.reductions}
-        return not stage.domain.predicates and not later & dependencies(self.cascade)[name]
 
     # values ------------------------------------------------------------------------------------------------------------
 
