@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from .compiler.functions import tanh as tanh
     from .compiler.functions import trunc as trunc
     from .compiler.functions import where as where
-    from .compiler.helpers import logsumexp as logsumexp
-    from .compiler.helpers import mean as mean
-    from .compiler.helpers import rope as rope
-    from .compiler.helpers import softmax as softmax
-    from .compiler.helpers import var as var
     from .configuration import Settings as Settings
     from .configuration import configure as configure
+    from .helpers import logsumexp as logsumexp
+    from .helpers import mean as mean
+    from .helpers import rope as rope
+    from .helpers import softmax as softmax
+    from .helpers import var as var
     from .ir.cascade import Cascade as Cascade
     from .ir.errors import BindingError as BindingError
     from .ir.errors import BuildError as BuildError
@@ -92,8 +92,8 @@ _PLACES = {
         "iterate", "log", "log1p", "log2", "maximum", "minimum", "popcount", "round", "rsqrt", "sigmoid", "sign", "sin", "sqrt", "tanh",
         "trunc", "where",
     ),
-    "compiler.helpers": ("logsumexp", "mean", "rope", "softmax", "var"),
     "configuration": ("Settings", "configure"),
+    "helpers": ("logsumexp", "mean", "rope", "softmax", "var"),
     "ir.cascade": ("Cascade",),
     "ir.errors": ("BindingError", "BuildError", "CascadeError", "DatabaseError", "EinfallError", "ScheduleError", "UnsupportedError"),
     "ir.types": (

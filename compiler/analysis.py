@@ -1,7 +1,7 @@
 """Passes and phases: how often a cascade must traverse a rank of its inputs, before and after the rewrites.
 
 A *pass* over rank R of an input reads every element along R; another begins where an element is needed again after a value that
-depends on all of them (FuseMax, arXiv 2406.10491, section III). The count is a property of the cascade: no schedule goes below it
+depends on all of them (arXiv 2406.10491, section III). The count is a property of the cascade: no schedule goes below it
 without holding the whole fiber. With start(s) and roots(s) as `flow.py` has them, passes(R) is the maximum of start(s) + 1 over all
 statements s with X in roots(s), over the inputs X taken one at a time; phases(R) is the same with all inputs at once.
 """

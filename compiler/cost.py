@@ -159,7 +159,7 @@ class Live:
 
 
 def live_footprint(c: Cascade, sizes: Mapping[str, int] | None = None) -> tuple[Live, ...]:
-    """For each intermediate the smallest slice that is live between its producer and its last consumer (FuseMax, section III).
+    """For each intermediate the smallest slice that is live between its producer and its last consumer (arXiv 2406.10491, section III).
 
     Rank by rank: an intermediate is held whole along a rank if a consumer reads it in a later traversal of that rank than the one that
     produces it, or elsewhere than at its own index; else one element at a time flows from producer to consumer. It says what a machine

@@ -24,7 +24,7 @@ from ..ir.infer import combine, expression_type
 from ..ir.text import print_size
 from ..ir.types import DTYPES, DType, boolean, f32, i32, i64, reduced
 
-_PACKAGE = str(Path(__file__).resolve().parent)
+_FRONT_END = (str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "helpers.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +474,7 @@ def user_location() -> Location | None:
     """The line of the nearest frame outside the front end."""
     frame = sys._getframe(1)
     while frame is not None:
-        if not frame.f_code.co_filename.startswith(_PACKAGE):
+        if not frame.f_code.co_filename.startswith(_FRONT_END):
             return Location(frame.f_code.co_filename, frame.f_lineno)
         if frame.f_back is None:
             return None

@@ -1,4 +1,4 @@
-"""The cascade: an ordered list of extended Einsums over named ranks (FuseMax, arXiv 2406.10491; EDGE, arXiv 2404.11591).
+"""The cascade: an ordered list of extended Einsums over named ranks (arXiv 2406.10491; EDGE, arXiv 2404.11591).
 
     cascade   =  Cascade(name, inputs, scalars, ranks, body, outputs)
     input     =  Tensor(name, axes, dtype)            an axis is one rank, or several composed: `(n j)`

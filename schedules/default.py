@@ -13,7 +13,7 @@ from .target import Target
 ROWS = 64
 STREAM = 128
 ROWS_SCORED, STREAM_SCORED = 256, 64  # a contraction of which only a few numbers a row are kept: more rows share the streamed operand
-FEW_ROWS, STREAM_FEW = 8, 512  # decode: too few rows to pay for a tile's bookkeeping
+FEW_ROWS, STREAM_FEW = 8, 512  # too few rows to pay for a tile's bookkeeping
 STREAM_FLAT = 1024  # read twice, so it stays in the first-level cache
 LANES = 512
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_INSTALLED = {"tests", "cookbook", "benchmarks", "docs", "build", "dist", "out"}
-LAYERS = ("ir", "configuration", "schedules", "backends", "compiler", "tuner", "api", "cli", "__main__")
+LAYERS = ("ir", "configuration", "schedules", "backends", "compiler", "tuner", "helpers", "api", "cli", "__main__")
 
 
 def pyproject():
@@ -103,6 +103,17 @@ def test_a_folder_imports_only_what_stands_below_it(path):
 def test_the_contract_that_lint_runs_has_the_same_layers():
     contract = pyproject()["tool"]["importlinter"]["contracts"][0]["layers"]
     assert [layer.removeprefix("einfall.") for layer in reversed(contract)] == list(LAYERS)
+
+
+METHODS = re.compile(r"attention|softmax|flash|evict|hydragen|snapkv|h2o|xquant|hogwild|mustafar|speculative|fusemax|\bkv\b", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("room", ("ir", "schedules", "backends", "compiler", "tuner"))
+def test_nothing_below_the_helpers_knows_the_name_of_a_method(room):
+    files = [f for f in sorted((ROOT / room).rglob("*")) if f.suffix in (".py", ".lark", ".toml", ".md", ".sql")]
+    lines = [(f, n, line) for f in files for n, line in enumerate(f.read_text(encoding="utf-8").splitlines(), 1)]
+    found = [f"{f.relative_to(ROOT)}:{n}: {line.strip()}" for f, n, line in lines if METHODS.search(line)]
+    assert len(files) > 3 and not found, "\n".join(found)
 
 
 def run(code):

@@ -6,8 +6,8 @@
                                                 D[m]   = D_s[m] * exp(M_s[m] - M[m]) + D_t[m] * exp(M_t[m] - M[m])
 
 for p = s + t. Each piece has states at origins of its own; the same corrections that carry a state from one tile to the next carry it
-to the common origins (flash-decoding, Hydragen; `derivation.md`, section "merging"). A piece then is streamed as any rank is: it
-may lack a batch rank that the others have, and need not be copied next to them. A piece without elements holds identities.
+to the common origins (`derivation.md`, "Pieces of a rank"; by hand in arXiv 2402.05099, section 3). A piece then is streamed as any
+rank is: it may lack a batch rank that the others have, and need not be copied next to them. A piece without elements holds identities.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def split_reductions(cascade: Cascade) -> Cascade:
 def split_stream(cascade: Cascade, rank: str, parts: int) -> Cascade:
     """The reductions over `rank` done for `parts` stretches of it apart, as tasks of their own, and merged by a reduction over these.
 
-    For when there are fewer tasks than threads (flash-decoding). The cascade as it is where a reduction keeps an index, or reads away
-    from its own place along the rank.
+    For when there are fewer tasks than threads. The cascade as it is where a reduction keeps an index, or reads away from its own place
+    along the rank.
     """
     names = [s.out for s in cascade.body if isinstance(s, Einsum) and rank in s.over]
     kinds = {s.op for s in cascade.body if isinstance(s, Einsum) and rank in s.over}

@@ -7,7 +7,7 @@
                                                D_new[m] = D[m] * exp(M[m] - M_new[m]) + exp(S[m,p] - M_new[m])
 
 The block takes one element of the rank a step, so the reference evaluator runs the derivation itself and the pass count of the
-analysis applies to it unchanged (FuseMax writes its one-pass cascade this way). `explain` prints it.
+analysis applies to it unchanged (arXiv 2406.10491 writes its one-pass cascade this way). `explain` prints it.
 """
 
 from __future__ import annotations

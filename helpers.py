@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .functions import cos, exp, extent, index, isinf, log, sin, where
-from .trace_value import Operand, Value, points
+from .compiler.functions import cos, exp, extent, index, isinf, log, sin, where
+from .compiler.trace_value import Operand, Value, points
 
 
 def softmax(S: Value, over: str) -> Value:
@@ -38,11 +38,11 @@ def var(X: Value, over: str, *, correction: Operand = 0) -> Value:
 
 
 def rope(X: Value, over: str, *, position: Value | str, base: float = 10000.0) -> Value:
-    """Rotary position embedding of the two halves of rank `over` (RoFormer, arXiv 2104.09864, in the half-split layout).
+    """Rotary position embedding of the two halves of rank `over` (arXiv 2104.09864, in the half-split layout).
 
     Args:
-        X: queries or keys.
-        over: the head dimension, of even extent.
+        X: the vectors to turn.
+        over: the rank of a vector's elements, of even extent.
         position: the position of each element, as a value or as the rank whose index it is.
         base: the base of the wavelengths.
     """
