@@ -51,6 +51,11 @@ class Artifact:
 class Backend(Protocol):
     """Everything the compiler asks of a backend. Toolkits are imported when first used."""
 
+    @property
+    def suffix(self) -> str:
+        """The ending of the files that `save` writes: `.so`."""
+        ...
+
     def emit(self, program: TileProgram, schedule: Schedule, target: Target, *, strided: frozenset[str] = ...) -> Source:
         """The kernel as source; `strided` names tensors whose last axis has a stride other than 1.
 
@@ -70,10 +75,14 @@ class Backend(Protocol):
         """A kernel that `save` wrote, built from `source`. Raises `BuildError` if it cannot be loaded."""
         ...
 
+    def listings(self, artifact: Artifact) -> Mapping[str, bytes]:
+        """What there is to read of it beside its source, by the endings of files: `{"ptx": ...}`."""
+        ...
+
     def load(self, artifact: Artifact) -> Callable[..., object]:
         """`launch(*inputs, *outputs, *scalars)`: tensors in order of the program, then its scalars as Python floats."""
         ...
 
     def facts(self, artifact: Artifact) -> Mapping[str, Any]:
-        """What the toolkit made of it, by name."""
+        """What the toolkit made of it, by name; nothing where a saved one does not say."""
         ...

@@ -17,6 +17,11 @@ from ..base import Artifact, Source
 class TvmCpu:
     """The backend of CPU targets; see `backends.base.Backend`."""
 
+    @property
+    def suffix(self) -> str:
+        """Shared libraries."""
+        return ".so"
+
     def emit(self, program: TileProgram, schedule: Schedule, target: Target, *, strided: frozenset[str] = frozenset()) -> Source:
         """The kernel as TVMScript. `strided` names tensors whose last axis has a stride other than 1."""
         from .emit import emit
@@ -40,6 +45,10 @@ class TvmCpu:
         from .build import restore
 
         return restore(path, source)
+
+    def listings(self, artifact: Artifact) -> Mapping[str, bytes]:
+        """Nothing: the source is what there is to read."""
+        return {}
 
     def load(self, artifact: Artifact) -> Callable[..., object]:
         """The function, taking torch CPU tensors without copying."""
