@@ -75,8 +75,8 @@ class Backend(Protocol):
         """A kernel that `save` wrote, built from `source`. Raises `BuildError` if it cannot be loaded."""
         ...
 
-    def listings(self, artifact: Artifact) -> Mapping[str, bytes]:
-        """What there is to read of it beside its source, by the endings of files: `{"ptx": ...}`."""
+    def listings(self, path: Path, source: Source) -> Mapping[str, bytes]:
+        """What there is to read in a file that `save` wrote, beside the source, by the endings of files: `{"ptx": ...}`."""
         ...
 
     def load(self, artifact: Artifact) -> Callable[..., object]:

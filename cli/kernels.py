@@ -57,6 +57,20 @@ def compile_command(
         print_json({"folder": str(folder), "files": files, **facts})
     else:
         click.echo(f"{folder}: {', '.join(files)}")
+        for line in fact_lines(executable):
+            click.echo(line)
+
+
+def fact_lines(executable: Any) -> list[str]:
+    """What is known of each kernel: its numbers in one line, and a line for every table in them."""
+    lines = []
+    for part in executable.kernels:
+        plain = [f"{name} {value}" for name, value in part.facts.items() if not isinstance(value, dict)]
+        lines.append(f"{part.call.kernel}: {', '.join(plain)}")
+        for name, table in part.facts.items():
+            if isinstance(table, dict):
+                lines.append(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in table.items()))
+    return lines
 
 
 def write_text(path: Path, text: str) -> None:

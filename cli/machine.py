@@ -17,7 +17,7 @@ from ..configuration import current
 from .options import json_option, print_json, table
 
 _PACKAGES = ("torch", "apache-tvm", "apache-tvm-ffi", "numpy", "sympy", "lark", "sqlite-utils", "click", "rich")
-_PINNED = {"torch": "2.13.0", "apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
+_PINNED = {"torch": "2.13.0", "apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1", "triton": "3.7.1"}
 
 
 @click.command("targets")
@@ -73,7 +73,7 @@ def _versions() -> list[Finding]:
     python = platform.python_version()
     right = (3, 10) <= sys.version_info[:2] <= (3, 13)
     findings = [Finding("Python", python, "ok" if right else "bad", "" if right else "use Python 3.10 to 3.13")]
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *(("triton",) if sys.platform == "linux" else ())):
         try:
             found = version(name)
         except PackageNotFoundError:

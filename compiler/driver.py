@@ -31,7 +31,7 @@ from .parts import Call, LibraryPart, LoopPart, Part
 from .store import executable_of, manifest, toolchain
 
 FORMAT = 1  # of the entries; raised when their layout changes
-SOURCE, BINARY = "kernel.py", "kernel.so"
+SOURCE, BINARY = "kernel.py", "kernel"  # and the ending that the backend's files have
 Lookup = Callable[[Cascade, Mapping[str, int], Target], Schedule | None]
 
 
@@ -137,8 +137,9 @@ def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[list[Part 
             case KernelPlan():
                 program, source = next(kernels)
                 name = key_of(str(FORMAT), source.text, machine_text(order.target))
-                parts.append(_part(Call.of(program), source, name, store))
-                names.append({"artifact": name, "source": SOURCE, "binary": BINARY})
+                binary = BINARY + backend_for(order.target).suffix
+                parts.append(_part(Call.of(program), source, name, binary, store))
+                names.append({"artifact": name, "source": SOURCE, "binary": binary})
     return parts, names
 
 
@@ -162,18 +163,19 @@ def _from_cache(order: Order, key: str, store: DiskCache) -> Executable | None:
     return None
 
 
-def _part(call: Call, source: Source, name: str, store: DiskCache) -> Part:
-    """A kernel from the cache, or built and stored there."""
+def _part(call: Call, source: Source, name: str, file: str, store: DiskCache) -> Part:
+    """A kernel from the cache, or built and stored there as `file`."""
     entry = store.get("artifact", name)
     if entry is not None:
-        return Part(call, source, path=entry.file(BINARY))
+        return Part(call, source, path=entry.file(file))
     backend = backend_for(source.target)
     artifact = backend.build(source)
     if store.root is not None:
         with tempfile.TemporaryDirectory(prefix="einfall-") as scratch:
-            binary = Path(scratch) / BINARY
+            binary = Path(scratch) / file
             backend.save(artifact, binary)
-            store.put("artifact", name, {"toolchain": list(toolchain())}, {SOURCE: source.text.encode(), BINARY: binary})
+            tools = list(toolchain(source.target.kind))
+            store.put("artifact", name, {"toolchain": tools}, {SOURCE: source.text.encode(), file: binary})
     return Part(call, source, artifact=artifact)
 
 
@@ -229,7 +231,7 @@ def _check_names(plan: Plan, programs: Sequence[TileProgram], schedule: Schedule
 def machine_text(target: Target) -> str:
     """What of a machine and its tools decides about code: features and limits, not measured speeds."""
     known = [target.kind, target.name, target.description, target.cores, target.features, target.limits]
-    return json.dumps([*known, toolchain()])
+    return json.dumps([*known, toolchain(target.kind)])
 
 
 def _trace_passes(cascade: Cascade, sizes: Mapping[str, int]) -> None:

@@ -185,11 +185,10 @@ class Part:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What is known of the binary. Worked out when it is asked for, which costs as much as a part of the build."""
+        """What is known of the binary. Worked out when it is asked for; where a saved one does not say, it is built once more."""
         if self.known is None:
             backend = backend_for(self.source.target)
-            built = self.artifact if self.artifact is not None and self.path is None else backend.build(self.source)
-            self.known = dict(backend.facts(built))
+            self.known = dict(backend.facts(self.restored()) or backend.facts(backend.build(self.source)))
         return self.known
 
     def restored(self) -> Artifact:

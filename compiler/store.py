@@ -2,7 +2,8 @@
 
     manifest.json       format, versions, the cascade's text, target, schedule, extents, and each kernel's call, files and facts
     0_name.py           the emitted source, readable
-    0_name.so           what the target's compiler made of it
+    0_name.so           what the target's compiler made of it; .zip where it comes in several builds
+    0_name.ptx, .cubin  what there is to read in it, for GPUs
 
 Nothing that is read here is executed but the binary itself, and that only after its hash was found to be right.
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ..backends.base import Source
+from ..backends.registry import backend_for
 from ..ir.cascade import Cascade
 from ..ir.errors import BuildError, EinfallError, UnsupportedError
 from ..schedules.schedule import Schedule
@@ -28,14 +31,14 @@ from .executable import Executable
 from .parts import Call, LibraryPart, LoopPart, Part
 
 FORMAT = 1  # of the manifest; raised when its layout changes
-_TOOLS = ("apache-tvm", "apache-tvm-ffi", "triton")
+_TOOLS = {"cpu": ("apache-tvm", "apache-tvm-ffi"), "cuda": ("triton",), "hip": ("triton",)}
 
 
 @cache
-def toolchain() -> tuple[str, ...]:
-    """The versions of the tools that make and run binaries. None of them is loaded."""
+def toolchain(kind: str) -> tuple[str, ...]:
+    """The versions of the tools that make binaries for targets of that kind. None of them is loaded."""
     found = []
-    for name in _TOOLS:
+    for name in _TOOLS.get(kind, ()):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -50,7 +53,7 @@ def manifest(executable: Executable, kernels: list[dict[str, Any]]) -> dict[str,
     """
     return {
         "format": FORMAT,
-        "toolchain": list(toolchain()),
+        "toolchain": list(toolchain(executable.target.kind)),
         "cascade": str(executable.cascade),
         "target": executable.target.to_dict(),
         "schedule": executable.schedule.to_dict(),
@@ -79,10 +82,10 @@ def executable_of(
     """
     if facts["format"] != FORMAT:
         raise BuildError(f"it has format {facts['format']}, this einfall reads format {FORMAT}", hint="compile it again")
-    if tuple(facts["toolchain"]) != toolchain():
-        found, here = ", ".join(facts["toolchain"]), ", ".join(toolchain())
-        raise BuildError(f"it was built with {found}; here are {here}", hint="compile it again, or install those versions")
     target = Target.from_dict(facts["target"])
+    if target.kind == "cpu" and tuple(facts["toolchain"]) != toolchain("cpu"):  # the code for a GPU runs without its compiler
+        found, here = ", ".join(facts["toolchain"]), ", ".join(toolchain("cpu"))
+        raise BuildError(f"it was built with {found}; here are {here}", hint="compile it again, or install those versions")
     from ..ir.text import parse_cascade
 
     parts: list[Part | LibraryPart | LoopPart] = []
@@ -113,7 +116,7 @@ def save_executable(executable: Executable, folder: str | Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".einfall-", dir=place.parent) as beside:
             files: dict[str, bytes | Path] = {}
-            kernels = _files(executable, Path(beside), files)
+            kernels = _files(executable, Path(beside), files, count())
             write_entry(Path(beside) / "entry", manifest(executable, kernels), files)
             if place.exists():
                 os.rename(place, Path(beside) / "before")
@@ -123,20 +126,23 @@ def save_executable(executable: Executable, folder: str | Path) -> Path:
     return place
 
 
-def _files(executable: Executable, beside: Path, files: dict[str, bytes | Path]) -> list[dict[str, Any]]:
-    """What the manifest says of the files of each part; the files are added to `files`."""
+def _files(executable: Executable, beside: Path, files: dict[str, bytes | Path], numbers: Iterator[int]) -> list[dict[str, Any]]:
+    """What the manifest says of the files of each part; the files are added to `files`, those of a kernel under a number."""
     entries: list[dict[str, Any]] = []
     for part in executable.parts:
         match part:
             case LibraryPart():
                 entries.append({})
             case LoopPart():
-                entries.append({"body": _files(part.body, beside, files)})
+                entries.append({"body": _files(part.body, beside, files, numbers)})
             case Part():
-                name = f"{len(files) // 2}_{re.sub(r'[^A-Za-z0-9_]', '_', part.call.kernel)}"
-                files[f"{name}.py"] = part.source.text.encode()
-                files[f"{name}.so"] = part.binary(beside / f"{name}.so")
-                entries.append({"source": f"{name}.py", "binary": f"{name}.so", "facts": dict(part.facts)})
+                backend = backend_for(part.source.target)
+                name = f"{next(numbers)}_{re.sub(r'[^A-Za-z0-9_]', '_', part.call.kernel)}"
+                source, binary = f"{name}.py", f"{name}{backend.suffix}"
+                files[source] = part.source.text.encode()
+                files[binary] = built = part.binary(beside / binary)
+                files.update({f"{name}.{ending}": text for ending, text in backend.listings(built, part.source).items()})
+                entries.append({"source": source, "binary": binary, "facts": dict(part.facts)})
     return entries
 
 

@@ -78,6 +78,9 @@ class Target:
 
     `limits` are whole numbers a schedule must keep: `vector_width` (f32 lanes), `registers` (vector registers of a CPU core, 32-bit
     registers of a GPU thread), `threads` (workers of a CPU, threads of a GPU block), `warp`, `shared_memory` (bytes a block), ...
+    Those `_per_core` are what the blocks that run at once on a multiprocessor share: `warps_per_core`, `blocks_per_core`,
+    `registers_per_core` in `partitions` equal parts, handed out to warps in units of `register_unit`, and `shared_memory_per_core`
+    bytes in units of `shared_unit`, of which `shared_reserved` bytes a block are the system's.
     """
 
     name: str

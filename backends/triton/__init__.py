@@ -46,11 +46,11 @@ class TritonCuda:
 
         return restore(path, source)
 
-    def listings(self, artifact: Artifact) -> Mapping[str, bytes]:
-        """The assembly and the binary of the full variant, by the ending of their files."""
-        from .build import listings
+    def listings(self, path: Path, source: Source) -> Mapping[str, bytes]:
+        """The assembly and the binary of the full variant."""
+        from .build import listings, restore
 
-        return listings(artifact)
+        return listings(restore(path, source))
 
     def load(self, artifact: Artifact) -> Callable[..., object]:
         """The function, taking torch tensors on the device."""

@@ -97,17 +97,15 @@ def occupancy(resources: Resources, target: Target) -> Occupancy:
         tensor memory     tensor_columns / columns of a block
 
     A multiprocessor consists of `partitions`, each with its share of the registers, so that the warps that registers allow are
-    counted in one and multiplied. It is an estimate: a block that ends leaves room before the next begins.
+    counted in one and multiplied. On AMD GPUs the blocks are limited by their barriers, of which a block of one warp has none. It is
+    an estimate: a block that ends leaves room before the next begins.
     """
-    partitions, warp = max(1, target.limit("partitions", 4)), target.limit("warp", 32)
-    whole = target.limit("warps_per_core") or target.limit("threads_per_core") // warp
-    a_warp = _up(max(1, resources.registers) * warp, target.limit("register_unit", 1))
-    by_registers = partitions * (target.limit("registers_per_core") // partitions // a_warp)
+    whole = target.limit("warps_per_core") or target.limit("threads_per_core") // target.limit("warp", 32)
     shared = _up(resources.shared_bytes + target.limit("shared_reserved"), target.limit("shared_unit", 1))
     allowed = {
         "warps": whole // resources.warps,
-        "registers": by_registers // resources.warps,
-        "blocks": target.limit("blocks_per_core") or whole,
+        "registers": _warps_by_registers(resources, target) // resources.warps,
+        "blocks": whole if target.kind == "hip" and resources.warps == 1 else target.limit("blocks_per_core", whole),
     }
     if shared:
         allowed["shared memory"] = target.limit("shared_memory_per_core") // shared
@@ -124,16 +122,22 @@ def check_resources(resources: Resources, signature: Signature, target: Target) 
     smaller = f"a smaller tile of {tiles}" if tiles else "smaller tiles"
     fewer = f", fewer stages than {signature.stages}" if signature.stages > 1 else ""
     warps = f"fewer warps than {resources.warps}"
-    registers = _up(resources.registers * target.limit("warp", 32), target.limit("register_unit", 1)) * resources.warps
     for what, amount, limit, hint in (
         ("bytes of shared memory", resources.shared_bytes, target.limit("shared_memory"), f"{smaller}, or of a streamed rank{fewer}"),
         ("threads", resources.threads, target.limit("threads"), warps),
         ("registers a thread", resources.registers, target.limit("registers"), smaller),
-        ("registers", registers, target.limit("registers_per_core"), f"{warps}, or {smaller}"),
+        ("warps of so many registers", resources.warps, _warps_by_registers(resources, target), f"{warps}, or {smaller}"),
         ("columns of tensor memory", resources.tensor_columns, target.limit("tensor_columns"), smaller),
     ):
         if limit and amount > limit:
             raise ScheduleError(f"kernel {signature.entry} takes {amount} {what}, and a block of {target.name} has {limit}", hint=hint)
+
+
+def _warps_by_registers(resources: Resources, target: Target) -> int:
+    """How many warps there are registers for."""
+    partitions = target.limit("partitions", 4)
+    a_warp = _up(max(1, resources.registers) * target.limit("warp", 32), target.limit("register_unit", 1))
+    return partitions * (target.limit("registers_per_core") // partitions // a_warp)
 
 
 def _up(value: int, unit: int) -> int:

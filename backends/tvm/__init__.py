@@ -46,7 +46,7 @@ class TvmCpu:
 
         return restore(path, source)
 
-    def listings(self, artifact: Artifact) -> Mapping[str, bytes]:
+    def listings(self, path: Path, source: Source) -> Mapping[str, bytes]:
         """Nothing: the source is what there is to read."""
         return {}
 

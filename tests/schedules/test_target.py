@@ -40,8 +40,18 @@ def test_every_number_has_a_source(name):
     assert all(rate > 0 and math.isfinite(rate) for unit in target.units for _, rate in unit.peaks)
 
 
-def test_only_the_cpu_is_built_in_this_version():
-    assert {name for name in target_names() if load_target(name).buildable} == {"cpu", "cpu:generic"}
+def test_what_is_built_in_this_version():
+    gpus = {"cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942"}
+    assert {name for name in target_names() if load_target(name).buildable} == {"cpu", "cpu:generic", *gpus}
+
+
+@pytest.mark.parametrize("name", [name for name in DESCRIBED if name.startswith(("cuda", "hip"))])
+def test_what_blocks_share_fits_together(name):
+    limit = load_target(name).limit
+    assert limit("warps_per_core") * limit("warp") == limit("threads_per_core")
+    assert limit("registers_per_core") % (limit("partitions") * limit("register_unit")) == 0
+    assert limit("shared_memory") + limit("shared_reserved") == limit("shared_memory_per_core")
+    assert limit("register_unit") % limit("warp") == 0 and limit("shared_memory_per_core") % limit("shared_unit") == 0
 
 
 def test_datasheet_figures():
