@@ -5,12 +5,13 @@ from __future__ import annotations
 from einfall.schedules.schedule import Schedule
 from einfall.tuner.database.records import Device, Evidence, Measurement, Policy, Toolchain, Workload, content_id
 
+CASCADE = "cascade cascade(X[m]: f32) -> Y[m]\n  Y[m] = X[m]"
 EVIDENCE = Evidence((0,), ("normal",), ((("m", 4),),), 1e-6, 1e-7)
 
 
 def workload(**extents: int) -> Workload:
     """A workload of one family with these extents."""
-    return Workload(content_id("family"), tuple(sorted((extents or {"m": 4}).items())), "cascade made_up", "made_up")
+    return Workload(content_id(CASCADE, "contiguous", 64), tuple(sorted((extents or {"m": 4}).items())), CASCADE, "made_up")
 
 
 def measurement(tile: int, *samples: float, **changes: object) -> Measurement:

@@ -10,14 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from einfall.ir.errors import DatabaseError
-from einfall.tuner.database import Database, schema
-from einfall.tuner.database.queries import choose, error_of_median
+from einfall.tuner.database import Database, queries, schema
+from einfall.tuner.database.choice import choose, error_of_median
 from einfall.tuner.database.records import Evidence, Sampled, bucket_text, ulid
-from made_up import failed, measurement, workload
+from made_up import EVIDENCE, failed, measurement, workload
+
+KEY = tuple(getattr(measurement(1, 1.0), name).id for name in ("workload", "device", "toolchain", "policy"))
 
 
 def edit(path: Path, sql: str, *parameters: object) -> None:
@@ -60,7 +63,7 @@ def test_the_evidence_comes_back(path):
     m = measurement(8, 1.0, 1.0, 1.0, evidence=evidence)
     with Database.open(path, create=True) as db:
         db.record(m)
-        assert db.evidence(m.id) == evidence
+        assert db.evidence(db.show(m.id)["evidence"]["id"]) == evidence
         assert db.evidence("nothing") is None
 
 
@@ -80,17 +83,63 @@ def test_show_takes_the_beginning_of_an_id_and_says_when_it_is_not_enough(path):
         for i in range(40):
             db.record(measurement(i + 9, 2.0, 2.0, 2.0))
         with pytest.raises(DatabaseError, match="several ids"):
-            db.show("01")
+            db.show("0")
 
 
 def test_rolled_back_as_one(path):
-    good, bad = measurement(8, 1.0, 1.0, 1.0), measurement(16, 1.0, 1.0, 1.0)
+    good, bad = measurement(8, 1.0, 1.0, 1.0), measurement(16, 1.0, float("nan"), 1.0)
     with Database.open(path, create=True) as db:
-        with pytest.raises(DatabaseError):
-            db.record_all([good, bad, bad])  # the same id twice
+        with pytest.raises(DatabaseError, match="cannot be recorded: a sample is 'nan'"):
+            db.record_all([good, bad])
         assert db.ls() == ()
+        with pytest.raises(DatabaseError), db.writing() as connection:
+            connection.execute("DELETE FROM measurement")
+            connection.execute("INSERT INTO nothing VALUES (1)")
         db.record(good)
         assert len(db.ls()) == 1
+
+
+def test_a_measurement_is_one_however_often_it_is_recorded(path):
+    m = measurement(8, 1.0, 1.0, 1.0)
+    with Database.open(path, create=True) as db:
+        assert db.record(m) == db.record(m) == m.id
+        assert sum(db.show(workload().id)["measurements"].values()) == 1
+        again = replace(m, event=ulid())  # the same samples, taken another time
+        assert db.record(again) == again.id != m.id
+        assert sum(db.show(workload().id)["measurements"].values()) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples_ms": ()}, {"status": "crash"}, {"status": "fine"}, {"role": "boss"}, {"basis": "guessed"}, {"samples_ms": (1.0, -1.0)},
+        {"samples_ms": (1.0, 1e-9)}, {"samples_ms": (float("inf"),)}, {"baseline_ms": 0.0}, {"trial": -1}, {"seed": 1 << 70},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_no_reader_would_take_is_not_written(path, changes):
+    with Database.open(path, create=True) as db:
+        with pytest.raises(DatabaseError, match="cannot be recorded"):
+            db.record(replace(measurement(8, 1.0, 1.0, 1.0), **changes))
+        assert db.show(db.record(failed(8, "crash", "\ud800\x00 " + "long " * 5000)))["reason"].startswith("?\ufffd long")
+
+
+def test_an_estimate_never_wins(path):
+    with Database.open(path, create=True) as db:
+        db.record(measurement(8, 0.1, 0.1, 0.1, basis="estimated"))
+        assert db.ls() == () and db.known(*KEY) == {}
+        db.record(measurement(16, 1.0, 1.0, 1.0))
+        assert dict(db.ls()[0].schedule.tile) == {"m": 16}
+        assert db.rebuild_best() == 1 and dict(db.ls()[0].schedule.tile) == {"m": 16}
+
+
+def test_nothing_wins_whose_error_is_above_its_tolerance(path):
+    wrong = replace(EVIDENCE, largest_error=2e-6)
+    with Database.open(path, create=True) as db:
+        db.record(measurement(8, 0.1, 0.1, 0.1, evidence=wrong))
+        assert db.ls() == ()
+        db.record(measurement(16, 1.0, 1.0, 1.0))
+        assert dict(db.ls()[0].schedule.tile) == {"m": 16}
 
 
 # Who wins -------------------------------------------------------------------------------------------------------------------------
@@ -174,6 +223,33 @@ def test_a_late_loser_does_not_replace_the_winner(path):
         assert dict(db.ls()[0].schedule.tile) == {"m": 8}
         db.record(measurement(32, 0.5, 0.5, 0.5))
         assert dict(db.ls()[0].schedule.tile) == {"m": 32}
+
+
+def test_the_winner_measured_again_and_slower_is_settled_again(path):
+    with Database.open(path, create=True) as db:
+        db.record(measurement(8, 1.0, 1.0, 1.0))
+        db.record(measurement(16, 1.5, 1.5, 1.5))
+        for _ in range(3):
+            db.record(measurement(8, 4.0, 4.0, 4.0))
+        assert dict(db.ls()[0].schedule.tile) == {"m": 16}
+
+
+def test_settling_by_steps_is_settling_at_once(path):
+    """What each transaction leaves is what all measurements give: the filters that spare work change nothing."""
+    rng = random.Random(2)
+    with Database.open(path, create=True) as db:
+        for i in range(150):
+            base = rng.choice([1.0, 1.01, 1.02, 1.05, 1.5])
+            samples = [base * rng.choice([0.99, 1.0, 1.0, 1.02, 3.0]) for _ in range(rng.randint(2, 6))]
+            final = {"role": "final", "baseline_ms": 1.1} if rng.random() < 0.1 and i > 80 else {}
+            db.record(measurement(rng.randint(1, 9), *samples, **final))
+            rows = [Sampled.from_row(row) for row in queries.rows(db._connection, "SELECT * FROM measurement")]
+            choice = choose(rows)
+            found = db.ls()
+            assert (choice is None) == (found == ())
+            if choice is not None:
+                kept = (found[0].schedule.hash, found[0].measurement, found[0].median_ms, found[0].relative, found[0].samples)
+                assert kept == (choice.schedule_id, choice.measurement, choice.median_ms, choice.relative, choice.samples)
 
 
 def test_a_bucket_is_a_power_of_two():
@@ -291,8 +367,11 @@ COLUMNS = [
     ("best", c) for c in
     ("workload", "family", "extents", "device", "toolchain", "policy", "preference", "schedule", "schedule_json", "measurement",
      "median_ms", "relative", "samples", "bucket")
-] + [("measurement", c) for c in ("samples_ms", "status", "role", "baseline_ms", "schedule", "evidence", "reason", "median_ms")] + [
-    ("schedule", "json"), ("workload", "extents"), ("workload", "family"), ("workload", "name"), ("device", "model"), ("policy", "cache"),
+] + [("measurement", c) for c in ("samples_ms", "status", "role", "baseline_ms", "schedule", "evidence", "reason", "median_ms",
+                                        "name", "id")] + [
+    ("schedule", "json"), ("workload", "extents"), ("workload", "family"), ("workload", "cascade"), ("device", "model"),
+    ("policy", "cache"),
+    ("evidence", "seeds"), ("evidence", "shapes"), ("evidence", "tolerance"), ("evidence", "largest_error"),
 ]  # fmt: skip
 
 
@@ -370,7 +449,7 @@ def test_a_writer_killed_in_the_middle_keeps_what_it_had_committed(path):
     told = [child.stdout.readline() for _ in range(30)]  # type: ignore[union-attr]
     child.send_signal(signal.SIGKILL)
     rest, _ = child.communicate(timeout=60)
-    ids = [line.decode().strip() for line in told] + [line for line in rest.decode().split("\n") if len(line) == 26]
+    ids = [line.decode().strip() for line in told] + [line for line in rest.decode().split("\n") if len(line) == 32]
     with Database.open(path) as db:
         db.check()
         assert sum(db.show(workload().id)["measurements"].values()) >= len(ids) >= 30

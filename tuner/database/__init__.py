@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ...ir.errors import DatabaseError
-from . import queries, schema
+from . import choice, queries, schema, storing
 from .records import (
     Device,
     Evidence,
@@ -22,7 +22,6 @@ from .records import (
     Status,
     Toolchain,
     Workload,
-    canonical,
     evidence_from_row,
     parse_schedule,
     ulid,
@@ -43,9 +42,6 @@ class Database:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        from sqlite_utils import Database as Tables
-
-        self._tables = Tables(connection, execute_plugins=False, recursive_triggers=False)
         self._written: set[tuple[str, str]] = set()
 
     @staticmethod
@@ -71,16 +67,22 @@ class Database:
         return self.record_all((measurement,))[0]
 
     def record_all(self, measurements: Sequence[Measurement]) -> tuple[str, ...]:
-        """Adds measurements that belong together in one transaction, all or none, and settles who is best."""
+        """Adds measurements that belong together in one transaction, all or none, and settles who is best.
+
+        Raises `DatabaseError`, and adds nothing, for one that no reader would take.
+        """
+        found = [storing.rows_of(m) for m in measurements]
         fresh: set[tuple[str, str]] = set()
-        with self._writing():
-            for m in measurements:
-                self._describe(m, fresh)
-                self._tables["measurement"].insert(_measurement_row(m))
-            for key in dict.fromkeys(_key(m) for m in measurements if self._may_win(m)):
-                self._settle(key)
-        self._written |= fresh
-        return tuple(m.id for m in measurements)
+        with self.writing() as connection:
+            for name, row in (each for rows in found for each in rows):
+                if (name, row[0]) not in self._written and (name, row[0]) not in fresh:
+                    connection.execute(storing.INSERTIONS[name], row)
+                    fresh.add((name, row[0]))
+            contested = (self._contested(m, rows[-1][1]) for m, rows in zip(measurements, found, strict=True))
+            for key in dict.fromkeys(key for key in contested if key is not None):
+                choice.settle(connection, key)
+        self._written |= {name for name in fresh if name[0] not in ("measurement", "evidence")}
+        return tuple(rows[-1][1][0] for rows in found)
 
     def best(self, workload: str, device: str, toolchain: str) -> Record | None:
         """The winner for these ids, or None if there is none that can be used."""
@@ -131,9 +133,8 @@ class Database:
 
     def rebuild_best(self) -> int:
         """Derives every winner again from the measurements; returns how many there are."""
-        with self._writing():
-            self._connection.execute("DELETE FROM best")
-            return sum(self._settle(key) for key in queries.all_keys(self._connection))
+        with self.writing() as connection:
+            return choice.rebuild(connection)
 
     def check(self) -> None:
         """Raises `DatabaseError` if SQLite finds the file damaged."""
@@ -143,75 +144,18 @@ class Database:
                 raise DatabaseError(f"{self.path} is damaged: {answer}", hint="restore it from a copy, or remove it and tune again")
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One write transaction: all of the body is written, or nothing if it raises."""
         with schema.explained(self.path), schema.immediate(self._connection):
-            yield
+            yield self._connection
 
-    def _describe(self, m: Measurement, fresh: set[tuple[str, str]]) -> None:
-        """Writes what the measurement is of, where this connection has not done so before."""
-        for table, row in _description(m):
-            name = (table, row["id"])
-            if name not in self._written and name not in fresh:
-                self._tables[table].insert(row, pk="id", ignore=True)
-                fresh.add(name)
-        if m.evidence is not None:
-            self._tables["evidence"].insert({"id": m.id, **_evidence_row(m.evidence)})
+    def read(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a query."""
+        with schema.explained(self.path):
+            return self._connection.execute(sql, tuple(parameters)).fetchall()
 
-    def _may_win(self, m: Measurement) -> bool:
-        """Whether settling again could change the winner: most trials of a search are plainly slower."""
-        if m.status != "ok" or m.evidence is None:
-            return False
-        sql = "SELECT median_ms, relative FROM best WHERE workload = ? AND device = ? AND toolchain = ? AND policy = ?"
-        current = queries.one(self._connection, sql, _key(m))
-        if current is None or m.role == "final":
-            return True
-        if not isinstance(current["median_ms"], float):
-            return True
-        slowest = current["median_ms"] * (1 + queries.MAX_TIE)
-        return current["relative"] is None and m.median_ms is not None and m.median_ms <= slowest
-
-    def _settle(self, key: queries.Key) -> int:
-        """Brings the row of `best` of one key up to date; returns the number of rows it has now."""
-        sql = "DELETE FROM best WHERE workload = ? AND device = ? AND toolchain = ? AND policy = ?"
-        self._connection.execute(sql, key)
-        row = queries.best_row(self._connection, key)
-        if row is None:
-            return 0
-        self._tables["best"].insert(row)
-        return 1
-
-
-def _key(m: Measurement) -> queries.Key:
-    return (m.workload.id, m.device.id, m.toolchain.id, m.policy.id)
-
-
-def _description(m: Measurement) -> Iterator[tuple[str, dict[str, Any]]]:
-    w, d, t, p = m.workload, m.device, m.toolchain, m.policy
-    yield "workload", {
-        "id": w.id, "family": w.family, "name": w.name, "cascade": w.cascade, "dtypes": canonical(dict(w.dtypes)), "layout": w.layout,
-        "alignment": w.alignment, "extents": w.extents_text, "bucket": w.bucket,
-    }  # fmt: skip
-    yield "device", {
-        "id": d.id, "vendor": d.vendor, "model": d.model, "arch": d.arch, "units": d.units, "memory_bytes": d.memory_bytes,
-        "power_cap_w": d.power_cap_w, "driver": d.driver,
-    }  # fmt: skip
-    yield "toolchain", {"id": t.id, "version": t.version, "abi": t.abi, "backend": t.backend, "compiler": t.compiler}
-    yield "policy", {"id": p.id, "mode": p.mode, "cache": p.cache, "timer": p.timer, "method": p.method}
-    yield "schedule", {"id": m.schedule.hash, "version": m.schedule.version, "json": m.schedule.to_json()}
-    if m.code is not None:
-        yield "code", {"id": m.code, "backend": t.backend, "facts": canonical(dict(m.facts))}
-
-
-def _evidence_row(e: Evidence) -> dict[str, Any]:
-    data = e.to_dict()
-    return {name: canonical(value) if isinstance(value, list) else value for name, value in data.items()}
-
-
-def _measurement_row(m: Measurement) -> dict[str, Any]:
-    workload, device, toolchain, policy = _key(m)
-    return {
-        "id": m.id, "workload": workload, "device": device, "toolchain": toolchain, "policy": policy, "schedule": m.schedule.hash,
-        "code": m.code, "evidence": None if m.evidence is None else m.id, "status": m.status, "reason": m.reason, "role": m.role,
-        "samples_ms": canonical(list(m.samples_ms)), "median_ms": m.median_ms, "baseline_ms": m.baseline_ms, "run": m.run,
-        "trial": m.trial, "host": m.host, "seed": m.seed, "code_commit": m.commit,
-    }  # fmt: skip
+    def _contested(self, m: Measurement, row: tuple[Any, ...]) -> choice.Key | None:
+        """The key of a measurement that was just added, if it may change who is best there."""
+        key: choice.Key = row[1:5]
+        sampled = Sampled(row[0], row[5], m.status, m.reason, m.role, m.samples_ms, m.baseline_ms, row[7], m.basis)
+        return key if choice.may_win(self._connection, key, sampled) else None

@@ -1,13 +1,13 @@
 """What a tuning database holds, as frozen data, each value checked as it is read.
 
 A row that is malformed, out of bounds or does not hash to its own name raises `Invalid` here; every reader turns that into a
-miss. Ids of content are the first 32 hex digits of a SHA-256 of canonical JSON; ids of events are ULIDs.
+miss. Rows are named by their content (`rows.py`), events by ULIDs, whose time is shown and decides nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import statistics
 import time
@@ -18,16 +18,20 @@ from typing import Any, Literal, cast, get_args
 from ...ir.cascade import Cascade
 from ...ir.errors import BindingError, ScheduleError
 from ...schedules.schedule import Schedule
+from .rows import MAX_TEXT, Invalid, canonical, content_id, workload_id
+
+__all__ = [
+    "Basis", "Device", "Evidence", "Invalid", "Measurement", "Policy", "Record", "Role", "Sampled", "Status", "Toolchain", "Workload",
+    "bucket_text", "canonical", "content_id", "event_time", "evidence_from_row", "extents_of", "extents_text", "family_of",
+    "parse_extents", "parse_json", "parse_samples", "parse_schedule", "parse_workload", "ulid", "workload_id",
+]  # fmt: skip
 
 Status = Literal["ok", "build", "crash", "timeout", "memory", "wrong", "nondeterministic", "error"]
 Role = Literal["trial", "final"]
+Basis = Literal["measured", "estimated"]
 MAX_SAMPLES = 100_000
-MAX_TEXT = 1 << 20
+FASTEST_MS, SLOWEST_MS = 1e-6, 1e9  # a sample outside was not taken with a clock
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-
-
-class Invalid(ValueError):
-    """A stored value that cannot be used. Never leaves the tuner: readers count it as a miss."""
 
 
 def ulid() -> str:
@@ -36,19 +40,17 @@ def ulid() -> str:
     return "".join(_CROCKFORD[(number >> shift) & 31] for shift in range(125, -5, -5))
 
 
-def content_id(*parts: object) -> str:
-    """The name of some plain data: 32 hex digits of the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
-
-
-def workload_id(family: str, extents: str) -> str:
-    """The name of a workload, from its family and its extents as text."""
-    return hashlib.sha256(f"{family} {extents}".encode("utf-8", "replace")).hexdigest()[:32]
-
-
-def canonical(data: object) -> str:
-    """One line of JSON with sorted keys."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+def event_time(name: str) -> str:
+    """When a ULID was made, as its maker's clock had it: `2026-03-01 12:00:00`; the empty string for anything else."""
+    if len(name) != 26 or any(c not in _CROCKFORD for c in name):
+        return ""
+    milliseconds = 0
+    for c in name[:10]:
+        milliseconds = milliseconds << 5 | _CROCKFORD.index(c)
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(milliseconds / 1000))
+    except (ValueError, OverflowError, OSError):
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,14 @@ class Workload:
     Args:
         family: the hash of the cascade's text without its name, layout and alignment; no extents.
         extents: the extents of the inputs' ranks, sorted by rank.
-        cascade: the text, for people and for a rebuild.
+        cascade: the text without its name, for people and for a rebuild.
+        name: what the cascade was called; it tells nothing apart and is kept with the measurement.
     """
 
     family: str
     extents: tuple[tuple[str, int], ...]
     cascade: str
     name: str
-    dtypes: tuple[tuple[str, str], ...] = ()
     layout: str = "contiguous"
     alignment: int = 64
 
@@ -75,9 +77,8 @@ class Workload:
         return Workload(
             family=family_of(cascade, layout, alignment),
             extents=extents_of(cascade, sizes),
-            cascade=str(cascade),
+            cascade=_nameless(cascade),
             name=cascade.name,
-            dtypes=tuple((t.name, t.dtype.name) for t in cascade.inputs),
             layout=layout,
             alignment=alignment,
         )
@@ -99,7 +100,11 @@ class Workload:
 
 def family_of(cascade: Cascade, layout: str = "contiguous", alignment: int = 64) -> str:
     """The hash that all calls of a cascade share, whatever their extents and whatever the function was called."""
-    return content_id(str(replace(cascade, name="cascade")), layout, alignment)
+    return content_id(_nameless(cascade), layout, alignment)
+
+
+def _nameless(cascade: Cascade) -> str:
+    return str(replace(cascade, name="cascade"))
 
 
 def extents_of(cascade: Cascade, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
@@ -135,7 +140,7 @@ def parse_extents(text: object) -> tuple[tuple[str, int], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What ran it. Memory and driver are told, but do not tell devices apart: they change without the device changing."""
+    """What ran it. Memory and driver tell no devices apart, since they change without it: they are kept with the measurement."""
 
     vendor: str
     model: str
@@ -147,7 +152,8 @@ class Device:
 
     @property
     def id(self) -> str:
-        return content_id(self.vendor, self.model, self.arch, self.units, self.power_cap_w)
+        cap = None if self.power_cap_w is None else float(self.power_cap_w)
+        return content_id(self.vendor, self.model, self.arch, self.units, cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +233,13 @@ class Measurement:
     """One candidate, run or failed: a fact that is only ever added.
 
     Args:
+        basis: `measured` on the device, or `estimated` by a model; an estimate never wins.
         samples_ms: the raw samples in the order they were taken; empty for a failure.
         role: `trial` during the search, `final` where it was interleaved with the default and other finalists.
         baseline_ms: the median of the default schedule in the same interleaved group.
+        code: the hash of the emitted source; `facts` is what is known of the binary.
         run: the tuning run it belongs to, `trial` its number there.
+        event: the name of this taking of the measurement; equal samples taken twice are two measurements.
     """
 
     workload: Workload
@@ -251,7 +260,15 @@ class Measurement:
     host: str = ""
     seed: int = 0
     commit: str = ""
-    id: str = field(default_factory=ulid)
+    basis: Basis = "measured"
+    event: str = field(default_factory=ulid)
+
+    @property
+    def id(self) -> str:
+        """The name of the measurement: the hash of all that it says."""
+        from .storing import measurement_row
+
+        return str(measurement_row(self)[0])
 
     @property
     def median_ms(self) -> float | None:
@@ -270,28 +287,29 @@ class Sampled:
     samples_ms: tuple[float, ...]
     baseline_ms: float | None
     evidence: str | None
+    basis: Basis = "measured"
 
     @staticmethod
     def from_row(row: Mapping[str, Any]) -> Sampled:
         """A row of `measurement`, every value checked. Raises `Invalid`."""
-        status = row["status"]
-        if status not in get_args(Status):
-            raise Invalid(f"status is {status!r}")
+        status = _one_of(row["status"], get_args(Status), "status")
         samples = parse_samples(row["samples_ms"])
-        if (status == "ok") != bool(samples):
-            raise Invalid(f"status {status} with {len(samples)} samples")
-        if row["role"] not in get_args(Role):
-            raise Invalid(f"role is {row['role']!r}")
+        if (status == "ok") != bool(samples) or row["samples"] != len(samples):
+            raise Invalid(f"status {status} with {len(samples)} samples, said to be {str(row['samples'])[:20]}")
+        told = row["median_ms"]
+        if (told is None) != (not samples) or (samples and not math.isclose(_positive(told, "median_ms"), statistics.median(samples))):
+            raise Invalid(f"median_ms is {str(told)[:20]} and not that of the samples")
         baseline, evidence = row["baseline_ms"], row["evidence"]
         return Sampled(
             id=_text(row["id"], "id"),
             schedule_id=_text(row["schedule"], "schedule"),
             status=cast(Status, status),
             reason=_text(row["reason"], "reason"),
-            role=row["role"],
+            role=cast(Role, _one_of(row["role"], get_args(Role), "role")),
             samples_ms=samples,
-            baseline_ms=None if baseline is None else _positive(baseline, "baseline_ms"),
+            baseline_ms=None if baseline is None else _time(baseline, "baseline_ms"),
             evidence=None if evidence is None else _text(evidence, "evidence"),
+            basis=cast(Basis, _one_of(row["basis"], get_args(Basis), "basis")),
         )
 
 
@@ -377,7 +395,7 @@ def parse_samples(text: object) -> tuple[float, ...]:
     values = _list(parse_json(text, "samples_ms"), "samples_ms")
     if len(values) > MAX_SAMPLES:
         raise Invalid(f"{len(values)} samples")
-    return tuple(_positive(v, "a sample") for v in values)
+    return tuple(_time(v, "a sample") for v in values)
 
 
 def parse_json(text: object, what: str) -> object:
@@ -410,6 +428,19 @@ def _number(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e300 < value < 1e300:
         raise Invalid(f"{what} is {str(value)[:80]!r}")
     return float(value)
+
+
+def _one_of(value: object, known: tuple[str, ...], what: str) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise Invalid(f"{what} is {str(value)[:80]!r}")
+    return value
+
+
+def _time(value: object, what: str) -> float:
+    number = _number(value, what)
+    if not FASTEST_MS <= number <= SLOWEST_MS:
+        raise Invalid(f"{what} is {number} ms")
+    return number
 
 
 def _positive(value: object, what: str) -> float:

@@ -1,12 +1,9 @@
-"""The tables of a tuning database, their migrations, and connections that refuse what is not one.
+"""Connections to a tuning database, which refuse what is not one.
 
 A database is one SQLite file in WAL mode. It names itself by `application_id` and its schema by `user_version`; a file that
 lacks the first or has a larger second is refused rather than guessed at. Every write transaction is BEGIN IMMEDIATE, because a
-deferred one that starts by reading fails at once when it meets another writer, whatever the busy timeout.
-
-    workload  device  toolchain  policy  schedule  code        what a measurement is of: content-named, written once
-    measurement  evidence                                      append-only facts, named by ULID
-    best                                                       derived from the measurements, rebuilt at will
+deferred one that starts by reading fails at once when it meets another writer, whatever the busy timeout. The tables are made by
+the ordered changes of `migrations.py`.
 """
 
 from __future__ import annotations
@@ -16,59 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ...ir.errors import DatabaseError
 
-if TYPE_CHECKING:  # a kernel call reads with plain sqlite3; only a writer pays for loading more
-    from sqlite_utils import Database as Tables
-    from sqlite_utils import Migrations
-
 APPLICATION_ID = 0x45494E46  # "EINF"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 30.0
-
-_FIRST_SCHEMA = """
-CREATE TABLE workload (id TEXT PRIMARY KEY, family TEXT NOT NULL, name TEXT NOT NULL, cascade TEXT NOT NULL, dtypes TEXT NOT NULL,
-    layout TEXT NOT NULL, alignment INTEGER NOT NULL, extents TEXT NOT NULL, bucket TEXT NOT NULL);
-CREATE TABLE device (id TEXT PRIMARY KEY, vendor TEXT NOT NULL, model TEXT NOT NULL, arch TEXT NOT NULL, units INTEGER NOT NULL,
-    memory_bytes INTEGER NOT NULL, power_cap_w REAL, driver TEXT NOT NULL);
-CREATE TABLE toolchain (id TEXT PRIMARY KEY, version TEXT NOT NULL, abi INTEGER NOT NULL, backend TEXT NOT NULL, compiler TEXT NOT NULL);
-CREATE TABLE policy (id TEXT PRIMARY KEY, mode TEXT NOT NULL, cache TEXT NOT NULL, timer TEXT NOT NULL, method INTEGER NOT NULL);
-CREATE TABLE schedule (id TEXT PRIMARY KEY, version INTEGER NOT NULL, json TEXT NOT NULL);
-CREATE TABLE code (id TEXT PRIMARY KEY, backend TEXT NOT NULL, facts TEXT NOT NULL);
-CREATE TABLE evidence (id TEXT PRIMARY KEY, oracle TEXT NOT NULL, seeds TEXT NOT NULL, distributions TEXT NOT NULL, shapes TEXT NOT NULL,
-    tolerance REAL NOT NULL, largest_error REAL NOT NULL);
-CREATE TABLE measurement (id TEXT PRIMARY KEY, workload TEXT NOT NULL REFERENCES workload(id), device TEXT NOT NULL REFERENCES device(id),
-    toolchain TEXT NOT NULL REFERENCES toolchain(id), policy TEXT NOT NULL REFERENCES policy(id),
-    schedule TEXT NOT NULL REFERENCES schedule(id), code TEXT, evidence TEXT, status TEXT NOT NULL, reason TEXT NOT NULL,
-    role TEXT NOT NULL, samples_ms TEXT NOT NULL, median_ms REAL, baseline_ms REAL, run TEXT NOT NULL, trial INTEGER NOT NULL,
-    host TEXT NOT NULL, seed INTEGER NOT NULL, code_commit TEXT NOT NULL);
-CREATE INDEX measurement_key ON measurement (workload, device, toolchain, policy, status);
-CREATE TABLE best (workload TEXT NOT NULL, device TEXT NOT NULL, toolchain TEXT NOT NULL, policy TEXT NOT NULL, family TEXT NOT NULL,
-    extents TEXT NOT NULL, bucket TEXT NOT NULL, preference INTEGER NOT NULL, schedule TEXT NOT NULL, schedule_json TEXT NOT NULL,
-    measurement TEXT NOT NULL, median_ms REAL NOT NULL, relative REAL, samples INTEGER NOT NULL,
-    PRIMARY KEY (workload, device, toolchain, policy));
-CREATE INDEX best_lookup ON best (family, extents, device, toolchain, preference);
-"""
-
-
-def migrations() -> Migrations:
-    """The ordered changes that bring a file to `SCHEMA_VERSION`. A released one is never edited; a new one is added below it."""
-    from sqlite_utils import Migrations
-
-    steps = Migrations("einfall.tuner")
-    steps(name="001_first_schema")(_first_schema)
-    return steps
-
-
-def _first_schema(db: Tables) -> None:
-    for statement in _FIRST_SCHEMA.split(";"):
-        if statement.strip():
-            db.execute(statement)
-    db.execute("PRAGMA user_version = 1")
-
 
 def open_for_writing(path: Path, *, create: bool) -> sqlite3.Connection:
     """A connection that may write, its file created or brought up to date. Raises `DatabaseError` saying what to do."""
@@ -80,10 +31,10 @@ def open_for_writing(path: Path, *, create: bool) -> sqlite3.Connection:
         _check_magic(path)
         connection = _connect(path, "rwc" if create else "rw")
         try:
-            check_header(connection, path, may_be_empty=create)
+            check_header(connection, path, may_be_empty=create, may_be_old=True)
             _set_journal(connection)
             with immediate(connection):
-                check_header(connection, path, may_be_empty=create)
+                check_header(connection, path, may_be_empty=create, may_be_old=True)
                 _migrate(connection)
         except BaseException:
             connection.close()
@@ -127,7 +78,7 @@ def _check_magic(path: Path) -> None:
             raise DatabaseError(f"{path} is not an SQLite database", hint="name another file with --db; this one is left as it is")
 
 
-def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False) -> None:
+def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False, may_be_old: bool = False) -> None:
     """Raises `DatabaseError` unless the file is a tuning database of a schema this version reads; an empty one if allowed."""
     with _snapshot(connection):
         application = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -143,6 +94,11 @@ def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bo
         raise DatabaseError(
             f"{path} has schema {version}, this einfall reads up to {SCHEMA_VERSION}",
             hint="upgrade einfall, or name another file with --db",
+        )
+    if version < SCHEMA_VERSION and not may_be_old:
+        raise DatabaseError(
+            f"{path} has schema {version}, from an earlier einfall",
+            hint=f"`einfall db gc --db {path}` brings it up to date; so does the next tuning run",
         )
     if version < 1 or tables == 0:
         raise DatabaseError(f"{path} is a tuning database without its tables", hint="restore it from a copy, or remove it and tune again")
@@ -233,9 +189,15 @@ def _set_journal(connection: sqlite3.Connection) -> None:
 
 def _migrate(connection: sqlite3.Connection) -> None:
     """Pending migrations, inside the caller's transaction."""
-    if connection.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == SCHEMA_VERSION:
         return
-    from sqlite_utils import Database as Tables
+    from sqlite_utils import Database as Tables  # a kernel call reads with plain sqlite3; only a writer pays for loading more
+
+    from .choice import rebuild
+    from .migrations import migrations
 
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     migrations().apply(Tables(connection, execute_plugins=False))
+    if version:
+        rebuild(connection)
