@@ -126,7 +126,7 @@ def check_resources(resources: Resources, signature: Signature, target: Target) 
         ("bytes of shared memory", resources.shared_bytes, target.limit("shared_memory"), f"{smaller}, or of a streamed rank{fewer}"),
         ("threads", resources.threads, target.limit("threads"), warps),
         ("registers a thread", resources.registers, target.limit("registers"), smaller),
-        ("warps of so many registers", resources.warps, _warps_by_registers(resources, target), f"{warps}, or {smaller}"),
+        (f"warps of {resources.registers} registers", resources.warps, _warps_by_registers(resources, target), f"{warps}, or {smaller}"),
         ("columns of tensor memory", resources.tensor_columns, target.limit("tensor_columns"), smaller),
     ):
         if limit and amount > limit:
