@@ -274,6 +274,12 @@ def print_program(p: TileProgram) -> str:
     return "\n".join(lines + _nodes(p.body, "  ", style)) + "\n"
 
 
+def print_node(node: Node, ranks: frozenset[str]) -> str:
+    """One line of a tile program that is no loop; `ranks` are those of the program."""
+    style = _Style(ranks=ranks)
+    return f"{_node_left(node, style)} = {_node_right(node, style)}"
+
+
 def _nodes(nodes: Sequence[Node], indent: str, style: _Style) -> list[str]:
     width = max((len(_node_left(n, style)) for n in nodes if not isinstance(n, Loop)), default=0)
     lines = []

@@ -1,12 +1,13 @@
 """A schedule: how a tile program is cut and laid out, as data. Frozen, versioned, JSON; never code.
 
     tile{rank: n}    layout{tile: (ranks..., lane)}    dot{dst: DotSchedule}    group{tile: GroupSchedule}    grid order    choices
+    kernel{kernel: KernelOptions}
 
 Every table may be partial: what a schedule leaves open, the default for the program and the target fills in (`default.py`,
 `layout.py`), so a tuned schedule records only what was chosen. Keys of `layout`, `dot` and `group` are names of tiles of the lowered
 program. `stream` says whether dependent reductions over a rank share a pass, `result` what becomes of a reduction inside a tile that is
 needed more than once: worked out `again`, kept by its kernel between two streams, or stored by a kernel of its own. `split` cuts a
-stream into so many stretches, tasks of their own whose states a second kernel merges.
+stream into so many stretches, tasks of their own whose states a second kernel merges. `kernel` says how a kernel uses a GPU.
 """
 
 from __future__ import annotations
@@ -55,6 +56,25 @@ class GroupSchedule:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """How one kernel uses a GPU.
+
+    Args:
+        warps: of a program.
+        stages: tiles of a loop in flight; 1 loads what it needs when it needs it.
+        edge: `split` runs tiles that lie wholly inside the domain in a loop without masks, `mask` masks all tiles alike.
+        persistent: whether as many programs as fit the machine loop over the tasks.
+        precision: of matrix products of f32: `ieee` has no matrix unit, `tf32x3` three products on it, `tf32` one of ten mantissa bits.
+    """
+
+    warps: int = 4
+    stages: int = 2
+    edge: Literal["split", "mask"] = "split"
+    persistent: bool = False
+    precision: Literal["ieee", "tf32", "tf32x3"] = "ieee"
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """See the module. Tables are tuples of pairs, sorted by key, so that equal schedules are equal and hash alike."""
 
@@ -66,6 +86,7 @@ class Schedule:
     stream: tuple[tuple[str, Stream], ...] = ()
     result: tuple[tuple[str, Result], ...] = ()
     split: tuple[tuple[str, int], ...] = ()
+    kernel: tuple[tuple[str, KernelOptions], ...] = ()
     version: int = VERSION
 
     @property
@@ -89,6 +110,7 @@ class Schedule:
         stream: Mapping[str, Stream] | None = None,
         result: Mapping[str, Result] | None = None,
         split: Mapping[str, int] | None = None,
+        kernel: Mapping[str, KernelOptions] | None = None,
     ) -> Schedule:
         """A schedule from plain tables."""
         return Schedule(
@@ -100,6 +122,7 @@ class Schedule:
             stream=_pairs(stream),
             result=_pairs(result),
             split=_pairs(split),
+            kernel=_pairs(kernel),
         )
 
     def with_tiles(self, **tiles: int) -> Schedule:
@@ -116,6 +139,7 @@ class Schedule:
             "stream": dict(self.stream),
             "result": dict(self.result),
             "split": dict(self.split),
+            "kernel": {name: asdict(k) for name, k in self.kernel},
         }
         return {"version": self.version, **{k: v for k, v in tables.items() if v}, "grid_order": self.grid_order}
 
@@ -132,9 +156,9 @@ class Schedule:
     def from_dict(data: object) -> Schedule:
         """A schedule from plain data. Raises `ScheduleError` naming the entry that is unknown, of a wrong type or out of bounds."""
         table = _mapping(data, "a schedule")
-        unknown = set(table) - {"version", "tile", "layout", "dot", "group", "grid_order", "stream", "result", "split"}
+        unknown = set(table) - {"version", "tile", "layout", "dot", "group", "grid_order", "stream", "result", "split", "kernel"}
         if unknown:
-            hint = "entries are tile, layout, dot, group, grid_order, stream, result, split"
+            hint = "entries are tile, layout, dot, group, grid_order, stream, result, split, kernel"
             raise ScheduleError(f"a schedule has no entry {sorted(unknown)[0]!r}", hint=hint)
         if table.get("version", VERSION) != VERSION:
             raise ScheduleError(f"schedule version {table.get('version')!r}, this einfall reads version {VERSION}")
@@ -158,6 +182,7 @@ class Schedule:
             stream=stream,
             result=result,
             split={_name(k): _size(v, f"split[{k}]") for k, v in _mapping(table.get("split", {}), "split").items()},
+            kernel={_name(k): _kernel(v, f"kernel[{k}]") for k, v in _mapping(table.get("kernel", {}), "kernel").items()},
         )
 
     @staticmethod
@@ -222,3 +247,27 @@ def _group(value: object, what: str) -> GroupSchedule:
         raise ScheduleError(f"{what} has no entry {sorted(unknown)[0]!r}")
     lane, unroll = table.get("lane"), table.get("unroll")
     return GroupSchedule(None if lane is None else _name(lane), None if unroll is None else _size(unroll, f"{what}.unroll"))
+
+
+CHOICES = {"edge": ("split", "mask"), "precision": ("ieee", "tf32", "tf32x3")}
+MAX_WARPS, MAX_STAGES = 32, 8
+
+
+def _kernel(value: object, what: str) -> KernelOptions:
+    table = _mapping(value, what)
+    default = KernelOptions()
+    unknown = set(table) - set(asdict(default))
+    if unknown:
+        raise ScheduleError(f"{what} has no entry {sorted(unknown)[0]!r}", hint=f"entries are {', '.join(asdict(default))}")
+    for name, choices in CHOICES.items():
+        if table.get(name, choices[0]) not in choices:
+            raise ScheduleError(f"{what}.{name} is {table[name]!r}", hint=" or ".join(choices))
+    persistent = table.get("persistent", default.persistent)
+    if not isinstance(persistent, bool):
+        raise ScheduleError(f"{what}.persistent is {persistent!r}", hint="true or false")
+    warps, stages = _size(table.get("warps", default.warps), f"{what}.warps"), _size(table.get("stages", default.stages), f"{what}.stages")
+    if warps > MAX_WARPS or warps & (warps - 1):
+        raise ScheduleError(f"{what}.warps is {warps}", hint=f"a power of two up to {MAX_WARPS}")
+    if stages > MAX_STAGES:
+        raise ScheduleError(f"{what}.stages is {stages}", hint=f"a whole number from 1 to {MAX_STAGES}")
+    return KernelOptions(warps, stages, table.get("edge", default.edge), persistent, table.get("precision", default.precision))

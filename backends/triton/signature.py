@@ -85,6 +85,7 @@ class Signature:
         aligned: parameters that the full variant declares divisible by 16.
         warps, stages: the build options.
         persistent: whether programs loop over the tasks; then there are at most `cores` times `occupancy` of them.
+        fusion: whether a product and a sum may become one rounding (`enable_fp_fusion`); not where results are bits or decisions.
     """
 
     entry: str
@@ -98,6 +99,7 @@ class Signature:
     warps: int = 4
     stages: int = 1
     persistent: bool = False
+    fusion: bool = True
 
     @property
     def tensors(self) -> tuple[Memory, ...]:
@@ -135,7 +137,7 @@ class Signature:
     def variant(self, pointers: Sequence[int], shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]) -> Variant:
         """The build that serves tensors of these addresses (bytes), shapes and strides (elements), in order.
 
-        Alignment is all or nothing: the full variant where everything it declares is so, else one that declares nothing.
+        It declares divisible what is so, of what the full variant declares.
         """
         extents = self.extents(shapes)
         place = {t.name: i for i, t in enumerate(self.tensors)}
@@ -146,9 +148,9 @@ class Signature:
             "scalar": lambda p: 1,
         }
         wanted = set(self.aligned)
-        whole = all(values[p.kind](p) % ALIGNED == 0 for p in self.parameters if p.name in wanted)
+        aligned = frozenset(p.name for p in self.parameters if p.name in wanted and values[p.kind](p) % ALIGNED == 0)
         last = max((sum((n - 1) * abs(s) for n, s in zip(a, b, strict=True) if n) for a, b in zip(shapes, strides, strict=True)), default=0)
-        return Variant(frozenset(wanted) if whole else frozenset(), last >= FAR)
+        return Variant(aligned, last >= FAR)
 
     def types(self, variant: Variant) -> dict[str, str]:
         """Triton's type of each parameter in a variant."""
@@ -168,6 +170,7 @@ class Signature:
             "warps": self.warps,
             "stages": self.stages,
             "persistent": self.persistent,
+            "fusion": self.fusion,
         }
 
     @staticmethod
@@ -190,6 +193,7 @@ class Signature:
             warps=int(data["warps"]),
             stages=int(data["stages"]),
             persistent=bool(data["persistent"]),
+            fusion=bool(data["fusion"]),
         )
 
 
