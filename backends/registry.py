@@ -9,8 +9,13 @@ from .base import Backend
 
 def backend_for(target: Target) -> Backend:
     """The backend that emits code for `target`. Raises `UnsupportedError` where there is none."""
-    if target.kind == "cpu":
-        from .tvm import TvmCpu
+    match target.kind:
+        case "cpu":
+            from .tvm import TvmCpu
 
-        return TvmCpu()
-    raise UnsupportedError(f"no backend builds for {target.name}", hint="target cpu")
+            return TvmCpu()
+        case "cuda" | "hip":
+            from .triton import TritonCuda
+
+            return TritonCuda()
+    raise UnsupportedError(f"no backend builds for {target.name}", hint="target cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100 or hip:gfx942")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from einfall.backends.base import Source
 from einfall.backends.registry import backend_for
+from einfall.backends.triton import TritonCuda
 from einfall.backends.tvm import TvmCpu
 from einfall.backends.tvm.facts import read_assembly
 from einfall.ir.errors import BuildError, UnsupportedError
@@ -84,8 +85,9 @@ def test_facts_see_spills():
 
 def test_the_registry():
     assert isinstance(backend_for(host()), TvmCpu)
-    with pytest.raises(UnsupportedError, match="cuda"):
-        backend_for(load_target("cuda:sm_90"))
+    assert all(isinstance(backend_for(load_target(name)), TritonCuda) for name in ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942"))
+    with pytest.raises(UnsupportedError, match="ascend"):
+        backend_for(load_target("ascend:910b3"))
 
 
 def test_a_call_costs_little_beside_the_launch():
