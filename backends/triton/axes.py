@@ -4,8 +4,8 @@
     digit  =  a rank of a few elements that never becomes an axis: a value that carries it is one tensor a digit
 
 Ranks share an axis where nothing tells them apart: the same tiles carry both, the same reductions sum over both. So the rows of a
-matrix product are one axis, whatever ranks they are made of. Digits are small ranks whose index is computed with, as the halves of a
-packed byte are: each half is a tensor of its own, and nothing has to be interleaved.
+matrix product are one axis, whatever ranks they are made of. Digits are small ranks by whose index bits are shifted, as the halves of
+a packed byte are: each half is a tensor of its own, and nothing has to be interleaved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from math import prod
 
 from ...ir.cascade import Tensor
 from ...ir.check_tiles import uses
-from ...ir.expr import Expr, Index, Read, children, reads
+from ...ir.expr import Expr, Index, Op, children, reads, walk
 from ...ir.infer import expression_ranks
 from ...ir.tile import Dot, Loop, Node, Reduce, Scan, TileOutput, TileProgram, kernel_tiles
 
@@ -115,21 +115,18 @@ def tile_sizes(program: TileProgram) -> dict[str, int]:
 
 
 def _is_digit(program: TileProgram, rank: str, size: int) -> bool:
-    """A rank of one element, or a small whole one whose index is a number in expressions and not only a coordinate."""
+    """A rank of one element, or a small whole one whose index says by how much bits are shifted."""
     if size == 1:
         return True
-    computed = (use.expr for use in uses(program) if not isinstance(use.expr, Index))  # a bare index is a coordinate of a store
-    return rank in program.resident and size <= DIGIT and any(_computes_with(e, rank) for e in computed)
+    return rank in program.resident and size <= DIGIT and any(_shifts_by(use.expr, rank) for use in uses(program))
 
 
-def _computes_with(e: Expr, rank: str) -> bool:
+def _shifts_by(e: Expr, rank: str) -> bool:
     match e:
-        case Read():
-            return any(_computes_with(c, rank) for r in reads(e) if r is not e for c in r.coords)
-        case Index(rank=found):
-            return found == rank
+        case Op(name="shl" | "shr", args=(_, by)) if any(isinstance(n, Index) and n.rank == rank for n in walk(by)):
+            return True
         case _:
-            return any(_computes_with(child, rank) for child in children(e))
+            return any(_shifts_by(child, rank) for child in children(e))
 
 
 def _ordered(program: TileProgram, sizes: dict[str, int]) -> list[str]:

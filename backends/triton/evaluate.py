@@ -59,7 +59,7 @@ class Evaluator(MemoryAccess):
             case Tile(name=name):
                 return self._tile(name, digits)
             case Masked(x=x, identity=identity):
-                return self._masked(self.value(x, digits, precise=precise), identity)
+                return self._masked(self.value(x, digits, precise=precise), identity, digits)
             case Read():
                 return self.from_memory(self.load(e, digits, wanted or e.tensor.lower()), self.arrays[e.tensor].dtype)
             case Cast(x=x, dtype=t):
@@ -129,19 +129,19 @@ class Evaluator(MemoryAccess):
             raise UnsupportedError(f"tile {name} is not at hand", statement=self.statement)
         return self.tiles[key]
 
-    def _masked(self, v: Value, identity: Const) -> Value:
+    def _masked(self, v: Value, identity: Const, digits: Digits) -> Value:
         """`v` inside the domain of the innermost loop, the identity elsewhere."""
         scope = self.here
         if scope.loop is None:
             return v
         x = self.computed(v)
-        chosen = self.chosen(self.domain(), x, ts.constant(identity.value))
+        chosen = self.chosen(self.domain(digits), x, ts.constant(identity.value))
         zero = not isinstance(identity.value, bool) and identity.value == 0
         stream = self.axes.of(scope.loop.rank)
         clean = {*v.clean, stream.name} if zero and stream is not None else set()
         return replace(chosen, clean=frozenset(clean))
 
-    def domain(self) -> Mask:
+    def domain(self, digits: Digits) -> Mask:
         """Where the domains of all loops around hold; conditions are tested in edge tiles only."""
         mask = Mask()
         for scope in self.scopes[1:]:
@@ -152,22 +152,18 @@ class Evaluator(MemoryAccess):
             if scope.edge == "never":
                 mask = mask.joined(Mask(own.always))
                 continue
-            tests = []
-            if axis is None:
-                tests.append(self.infix("<", self.index(loop.rank, {}), self.extent(loop.rank)))
-            else:
-                tests.append(self.infix("<", self.index(loop.rank, {}), self.extent(loop.rank)))
-            tests += [self.held(self.value(c, {}), "int1") for c in loop.conditions]
+            tests = [self.infix("<", self.index(loop.rank, digits), self.extent(loop.rank))]
+            tests += [self.held(self.value(c, digits), "int1") for c in loop.conditions]
             joined = self.all_of(tests)
             assert joined is not None
             if scope.edge == "some":
-                inside = self._inside_of_domain(joined, scope)
+                inside = self._in_edge_tiles(joined)
             else:
-                inside = self.define("inside", joined, scope, ("domain", loop.rank))
+                inside = self.define("inside", joined, scope, ("domain", joined.text))
             mask = mask.joined(Mask(own.always, (inside,), scope.edge == "always"))
         return mask
 
-    def _inside_of_domain(self, joined: Value, scope: object) -> Value:
+    def _in_edge_tiles(self, joined: Value) -> Value:
         """The domain under a name that is defined in edge tiles only."""
         key = ("domain", joined.text)
         if key in self.here.made:
