@@ -196,7 +196,7 @@ def lower_plan(order: Order, plan: Plan, schedule: Schedule | None) -> Lowered:
 
     backend = backend_for(order.target)
     chosen = default_schedule(plan, order.sizes, order.target) if schedule is None else schedule
-    programs = lower(plan, chosen, order.sizes)
+    programs = lower(plan, chosen, order.sizes, order.target)
     _check_names(plan, programs, chosen)
     if current().debug:
         from ..ir.check import check_program

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from ..ir.plan import KernelPlan, Plan
-from .roles import POINTS, Roles, kernel_roles
+from .gpu import ceil_power, gpu_tiles
+from .roles import POINTS, Roles, kernel_roles, widest_factor
 from .schedule import Schedule
 from .target import Target
 
@@ -21,18 +22,25 @@ LANES = 512
 def default_schedule(plan: Plan, sizes: Mapping[str, int], target: Target) -> Schedule:
     """Tile sizes for every kernel; layouts and register tiles are left to `layout.complete`.
 
-    With a contraction: 64 rows share tiles of 128 along the stream. Without: one row, a stream tile of up to 1024. The numbers are the
+    For a GPU see `gpu.py`. For a CPU, with a contraction: 64 rows share tiles of 128 along the stream. Without: one row, a stream tile of up to 1024. The numbers are the
     best of a search on one machine (`docs/benchmarks.md`), within a few percent of the best for each of a dozen kernels.
     Entries are `rank`, or `kernel.rank` where two kernels differ.
     """
     known = plan.cascade.solve_sizes(sizes)
-    tables = [(k, default_tiles(kernel_roles(plan.cascade, k, known), known)) for k in plan.kernels]
+    tables = [(k, _tiles(plan, k, known, target)) for k in plan.kernels]
     tile: dict[str, int] = {}
     for kernel, table in tables:
         for rank, n in table.items():
             same = all(other.get(rank, n) == n for _, other in tables)
             tile[rank if same else f"{kernel.name}.{rank}"] = n
     return Schedule.make(tile=tile)
+
+
+def _tiles(plan: Plan, kernel: KernelPlan, sizes: Mapping[str, int], target: Target) -> dict[str, int]:
+    roles = kernel_roles(plan.cascade, kernel, sizes)
+    if target.kind == "cpu":
+        return default_tiles(roles, sizes)
+    return gpu_tiles(roles, sizes, widest_factor(plan.cascade, kernel))
 
 
 def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -68,11 +76,3 @@ def tile_of(schedule: Schedule, kernel: KernelPlan, rank: str) -> int | None:
     """The schedule's tile of a rank in a kernel; the kernel's own entry wins."""
     table = dict(schedule.tile)
     return table.get(f"{kernel.name}.{rank}", table.get(rank))
-
-
-def ceil_power(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `n` and `least`."""
-    power = least
-    while power < n:
-        power *= 2
-    return power

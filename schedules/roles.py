@@ -166,3 +166,20 @@ def product_factors(e: Expr) -> tuple[Expr, ...]:
             return product_factors(a)
         case _:
             return (e,)
+
+
+def widest_factor(cascade: Cascade, kernel: KernelPlan) -> int:
+    """Bytes of an element of the widest input that is a factor of a contraction; 4 where factors are computed."""
+    types = {t.name: t.dtype for t in cascade.inputs}
+    summands = [(s.expr, s.ranks, s.over) for s in _sums(kernel)]
+    summands += [(s.summand, s.ranks, s.over) for stage in kernel.stages for s in stage.states if s.op == "sum"]
+    widest = 1
+    for e, ranks, over in summands:
+        if not is_contraction(e, ranks, over):
+            continue
+        for factor in product_factors(e):
+            if not isinstance(factor, Read):
+                widest = max(widest, 4 if any(r.tensor in types for r in reads(factor)) else 1)
+            elif factor.tensor in types:
+                widest = max(widest, int(types[factor.tensor].bytes) or 1)
+    return widest
