@@ -4,12 +4,14 @@
     def total(X: "i j", *, scale: float) -> "i": ...
 
 A function is traced once for its static arguments and the types of its inputs. A call looks its signature up, and only a new one is
-checked, traced, looked up in the database and compiled.
+checked, traced, looked up in the database and compiled, for the device of its tensors. Under `torch.compile` and `torch.export` a call
+is an operator of PyTorch (see `compiler.custom_op`).
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +36,16 @@ if TYPE_CHECKING:
     from .tuner.tune import Event, TuneResult
 
 MEMO_LIMIT = 4096  # signatures kept by a kernel
+
+
+def _is_compiling() -> bool:
+    """Whether PyTorch traces the caller. The first answer replaces this function by PyTorch's own, which is not imported before."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return True
+    Kernel._traced = staticmethod(torch.compiler.is_compiling)
+    return False
 
 
 def kernel(function: Callable[..., Any]) -> Kernel:
@@ -61,6 +73,8 @@ def load(folder: str | Path) -> Executable:
 class Kernel:
     """See the module. Made by `@ef.kernel`, or from a cascade by `Kernel.from_cascade`."""
 
+    _traced: Callable[[], bool] = staticmethod(_is_compiling)
+
     def __init__(self, function: Callable[..., Any] | None = None, *, cascade: Cascade | None = None) -> None:
         self._definition = Definition(function, cascade)
         self._parameters = self._definition.parameters
@@ -70,6 +84,8 @@ class Kernel:
         self._executables: dict[object, list[Executable]] = {}
         self._memo: dict[object, tuple[Executable, Bound]] = {}
         self._memo_settings: Settings | None = None
+        if "torch" in sys.modules:
+            _is_compiling()  # settled now, for what Dynamo traces depends on it
         if function is not None:
             functools.update_wrapper(self, function)
 
@@ -106,14 +122,16 @@ class Kernel:
     # -- calls --------------------------------------------------------------------------------------------------------------------
 
     def __call__(self, *tensors: torch.Tensor, out: Any = None, **named: Any) -> Any:
-        """Run on tensors in the order of the inputs (or by name), scalars and static arguments by name.
+        """Run on tensors in the order of the inputs (or by name), scalars and static arguments by name, on the tensors' device.
 
         Compiles on the first call of a signature, with the best schedule known. Returns the output, or a tuple of them.
         """
+        if self._traced():
+            return self._call_operator(tensors, out, named)
         parameters = self._parameters
         try:
             key = (
-                tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in tensors]),
+                tuple([(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors]),
                 tuple([named.get(name, default) for name, default in parameters.static]) if parameters.static else (),
             )
             executable, bound = self._memo[key]
@@ -128,18 +146,55 @@ class Kernel:
     def _call_first(self, tensors: Sequence[Any], out: Any, named: Mapping[str, Any]) -> Any:
         call = self._definition.sort(tensors, named)
         asked = call.asked()
-        _refuse_other_devices(call.cascade, call.tensors)
+        target = self._own_target(call.tensors, call.cascade.name)
         with self._lock:
             if self._memo_settings is not current():
                 self._memo.clear()
                 self._memo_settings = current()
-            executable = self._executable(asked, self._target("cpu"), None)
+            executable = self._executable(asked, target, None)
             bound = executable.bind(call.tensors)
             if len(self._memo) >= MEMO_LIMIT:
                 self._memo.clear()
-            signature = tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in call.tensors])
+            signature = tuple([(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in call.tensors])
             self._memo[(signature, tuple(call.static.values()))] = (executable, bound)
         return executable.launch(bound, call.tensors, call.scalars, out)
+
+    def _call_operator(self, tensors: tuple[torch.Tensor, ...], out: Any, named: Mapping[str, Any]) -> Any:
+        """A call that PyTorch traces, as one of an operator. Written for Dynamo, which runs it with tensors that have no elements."""
+        import torch
+
+        parameters = self._parameters
+        given = [*tensors, *[named[name] for name in parameters.tensors[len(tensors) :] if name in named]]
+        static = tuple([(name, named[name]) for name, _ in parameters.static if name in named])
+        name = self._operator(tuple([t.dtype for t in given]), len(tensors), tuple(named), static)
+        scalars = [named.get(name, default) for name, default, _ in parameters.numbers]
+        numbers = [x if isinstance(x, (int, float)) else float(x) for x in scalars]
+        results = getattr(torch.ops.einfall, name).default(*given, *numbers)
+        if out is None:
+            return results
+        if isinstance(results, torch.Tensor):
+            return out.copy_(results)
+        return tuple([memory.copy_(result) for memory, result in zip(out, results, strict=True)])
+
+    def _operator(self, dtypes: Sequence[torch.dtype], placed: int, names: Sequence[str], static: Sequence[tuple[str, Any]]) -> str:
+        """The name of the operator for inputs of these types; `placed` of them are given by position, `names` are given by name."""
+        import torch
+
+        from .compiler.custom_op import operator_of
+
+        shells = [torch.empty((), dtype=t, device="meta") for t in dtypes]
+        tensors = [name for name in self._parameters.tensors[placed:] if name in names]
+        named = {**dict.fromkeys(names, 1.0), **dict(zip(tensors, shells[placed:], strict=True)), **dict(static)}
+        cascade = self._definition.sort(shells[:placed], named).cascade
+        ordered = [s.name for s in cascade.scalars]
+
+        def run(tensors: Sequence[torch.Tensor], scalars: Sequence[Any]) -> Any:
+            return self(*tensors, **dict(zip(ordered, scalars, strict=True)), **dict(static))
+
+        return operator_of(cascade, run)
+
+    # What torch.compiler.assume_constant_result says of a function: Dynamo calls it while it traces, and keeps the answer.
+    _operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def reference(self, *tensors: torch.Tensor, dtype: torch.dtype | None = None, **named: Any) -> Any:
         """Eager PyTorch, statement by statement, in the declared types; with `dtype=torch.float64` the oracle.
@@ -153,6 +208,22 @@ class Kernel:
         results = evaluate(call.cascade, call.by_name, scalars, dtype=dtype)
         found = tuple(results[o.name] for o in call.cascade.outputs)
         return found[0] if len(found) == 1 else found
+
+    def _own_target(self, tensors: Sequence[torch.Tensor], cascade: str) -> Target:
+        """The target for where the tensors lie. Raises `UnsupportedError` naming the first, if kernels do not run there."""
+        from .compiler.devices import device_of, target_for
+
+        try:
+            return self._target(target_for(device_of(tensors), self._parameters.tensors[0] if tensors else ""))
+        except UnsupportedError as error:
+            raise UnsupportedError(error.what, cascade=cascade, hint=error.hint) from None
+
+    def _asked_target(self, target: str | None, tensors: Sequence[Any], named: Mapping[str, Any]) -> Target:
+        """The target of that name; without one, that of the device of the tensors, or the CPU where there are none."""
+        if target is not None:
+            return self._target(target)
+        given = [*tensors, *(named[name] for name in self._parameters.tensors if name in named)]
+        return self._own_target(given, self.name) if given else self._target("cpu")
 
     def _target(self, target: str | Target) -> Target:
         """A target by name with the threads of the settings, one object for each, so that look-ups can remember it."""
@@ -195,7 +266,7 @@ class Kernel:
     def explain(
         self,
         *tensors: torch.Tensor,
-        target: str = "cpu",
+        target: str | None = None,
         dims: Mapping[str, int] | None = None,
         dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
         show: bool = True,
@@ -203,8 +274,8 @@ class Kernel:
     ) -> Report:
         """What the compiler makes of the cascade on a target: passes before and after, rewrites, kernels, traffic, roofline.
 
-        Give tensors, or `dims` and `dtypes`; without all extents the figures in bytes are left out. Prints the report unless `show` is
-        False, and returns it: `.to_dict()`, `.to_html()`.
+        Give tensors, or `dims` and `dtypes`; without all extents the figures in bytes are left out. Without a target it is that of the
+        tensors' device, or the CPU. Prints the report unless `show` is False, and returns it: `.to_dict()`, `.to_html()`.
         """
         from .compiler.report import explain
 
@@ -212,7 +283,7 @@ class Kernel:
             asked = self._definition.describe(tensors, named, dims, dtypes)
         else:
             asked = Asked(self._definition.trace(dtypes, self._definition.split(named)[1]), dict(dims or {}))
-        report = explain(asked.cascade, asked.sizes, self._target(target))
+        report = explain(asked.cascade, asked.sizes, self._asked_target(target, tensors, named))
         if show:
             report.print()
         return report
@@ -220,25 +291,25 @@ class Kernel:
     def compile(
         self,
         *tensors: torch.Tensor,
-        target: str = "cpu",
+        target: str | None = None,
         schedule: Schedule | Mapping[str, Any] | None = None,
         dims: Mapping[str, int] | None = None,
         dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
         **named: Any,
     ) -> Executable:
-        """Build for these extents. Without a schedule the best one known is taken, else the default.
+        """Build for these extents, for the tensors' device or the CPU if no target is given. Without a schedule the best known is taken,
+        else the default.
 
         Raises `UnsupportedError` where the target cannot, `ScheduleError` for a schedule that is not legal, `BuildError` from its tools.
         """
         asked = self._definition.describe(tensors, named, dims, dtypes)
         chosen = Schedule.from_dict(schedule) if isinstance(schedule, Mapping) else schedule
-        return self._executable(asked, self._target(target), chosen)
-
+        return self._executable(asked, self._asked_target(target, tensors, named), chosen)
 
     def tune(
         self,
         *tensors: torch.Tensor,
-        target: str = "cpu",
+        target: str | None = None,
         trials: int = 64,
         database: str | Path | None = None,
         seed: int = 0,
@@ -265,10 +336,11 @@ class Kernel:
             raise DatabaseError("no tuning database is set", hint="database=..., or EINFALL_DB")
         asked = self._definition.describe(tensors, named, dims, dtypes)
         cascade, sizes = asked.cascade, asked.sizes
+        machine = self._asked_target(target, tensors, named)
         scalars = {s.name: float(self._definition.split(named)[0].get(s.name, 1.0)) for s in cascade.scalars}
         try:
             return tune(
-                cascade, sizes=sizes, target=self._target(target), database=place, scalars=scalars, trials=trials, seed=seed,
+                cascade, sizes=sizes, target=machine, database=place, scalars=scalars, trials=trials, seed=seed,
                 on_event=on_event, resume=resume, threads=current().threads,
             )  # fmt: skip
         finally:
@@ -280,7 +352,7 @@ class Kernel:
     def check(
         self,
         *tensors: torch.Tensor,
-        target: str = "cpu",
+        target: str | None = None,
         dims: Mapping[str, int] | None = None,
         dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
         trials: int = 10,
@@ -300,19 +372,19 @@ class Kernel:
             cascade, fixed = asked.cascade, asked.sizes
         else:
             cascade, fixed = self._definition.trace(dtypes, static), dict(dims or {})
-        machine = self._target(target)
+        machine = self._asked_target(target, tensors, named)
 
         def build(sizes: Mapping[str, int]) -> Executable:
             return self._executable(Asked(cascade, sizes), machine, None)
 
         return check_kernel(
-            cascade, build, target=target, scalars=scalars, fixed=fixed, trials=trials, seed=seed, on_trial=on_trial
+            cascade, build, target=machine.name, scalars=scalars, fixed=fixed, trials=trials, seed=seed, on_trial=on_trial
         )
 
     def bench(
         self,
         *tensors: torch.Tensor,
-        target: str = "cpu",
+        target: str | None = None,
         dims: Mapping[str, int] | None = None,
         dtypes: Mapping[str, DtypeLike] | DtypeLike | None = None,
         compiled: bool = False,
@@ -332,7 +404,7 @@ class Kernel:
         from .tuner.compare import compare
 
         asked = self._definition.describe(tensors, named, dims, dtypes)
-        cascade, sizes, machine = asked.cascade, asked.sizes, self._target(target)
+        cascade, sizes, machine = asked.cascade, asked.sizes, self._asked_target(target, tensors, named)
         best = self._executable(Asked(cascade, sizes), machine, None)
         default = self._executable(Asked(cascade, sizes), machine, None, look_up=False)
         tuned = best.schedule != default.schedule
@@ -370,13 +442,3 @@ def _with_threads(target: Target, threads: int | None) -> Target:
         return target
     limits = {**dict(target.limits), "threads": threads}
     return replace(target, limits=tuple(sorted(limits.items())))
-
-
-def _refuse_other_devices(cascade: Cascade, tensors: Sequence[torch.Tensor]) -> None:
-    for declared, tensor in zip(cascade.inputs, tensors, strict=True):
-        if not tensor.is_cpu:
-            raise UnsupportedError(
-                f"{declared.name} lies on {tensor.device}; this version runs kernels on the CPU",
-                cascade=cascade.name,
-                hint=f"{declared.name}.cpu(), or .reference(...), which runs on any device",
-            )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..ir.tile import TileProgram
 from ..schedules.schedule import Schedule
@@ -46,6 +46,18 @@ class Artifact:
 
     source: Source
     module: Any
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # of a tensor: shape and strides
+
+
+@runtime_checkable
+class Binds(Protocol):
+    """A launch that can do some of its work in advance for tensors whose layouts are known."""
+
+    def bound(self, layouts: Sequence[Layout]) -> Callable[..., object]:
+        """The same launch, for tensors of these layouts alone."""
+        ...
 
 
 class Backend(Protocol):

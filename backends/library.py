@@ -133,11 +133,14 @@ def _scatter(s: Scatter, given: _Operands) -> dict[str, tuple[Tensor, Ranks]]:
     x = given.spread(s.expr, space)
     if x.is_floating_point() and x.dtype != torch.float64:
         x = x.float()
-    place = torch.zeros((), dtype=torch.int64)
-    inside = torch.ones((), dtype=torch.bool)
+    place = torch.zeros((), dtype=torch.int64, device=x.device)
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
     for i, rank in enumerate((*batch, *named)):
         n = given.sizes[rank]
-        at = given.spread(named[rank], space) if rank in named else torch.arange(n).view([n if j == i else 1 for j in range(len(space))])
+        if rank in named:
+            at = given.spread(named[rank], space)
+        else:
+            at = torch.arange(n, device=x.device).view([n if j == i else 1 for j in range(len(space))])
         inside = inside & (at >= 0) & (at < n)
         place = place * n + at
     ranks = (*batch, *named)

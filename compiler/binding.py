@@ -138,6 +138,7 @@ def given_outputs(
     tensors: Sequence[torch.Tensor],
     out: torch.Tensor | Sequence[torch.Tensor],
     expected: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    device: torch.device,
 ) -> list[torch.Tensor]:
     """The tensors of `out` as a list, each fit to be written. Raises `BindingError` for a wrong one, or one that shares memory."""
     given = [out] if isinstance(out, torch.Tensor) else list(out)
@@ -149,9 +150,9 @@ def given_outputs(
         what = f"out {declared.name}[{spell(declared.axes)}]"
         if not isinstance(tensor, torch.Tensor):
             raise BindingError(f"{what} is a {type(tensor).__name__}, expected a torch.Tensor", cascade=cascade.name)
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_cpu:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
             raise BindingError(
-                f"{what} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected {dtype} {list(shape)} on cpu",
+                f"{what} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected {dtype} {list(shape)} on {device}",
                 cascade=cascade.name,
                 hint="leave out= away to have it allocated",
             )

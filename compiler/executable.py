@@ -2,8 +2,9 @@
 
     Executable(*tensors, **scalars) -> the output, or a tuple of them
 
-What a call is checked for (ranks, extents, types, devices, layouts) depends on the shapes, strides and types of the tensors alone.
-It is checked when such a signature is first seen; afterwards a call is a look-up, the allocation of the outputs, and the launches.
+What a call is checked for (ranks, extents, types, devices, layouts) depends on the shapes, strides, types and devices of the tensors
+alone. It is checked when such a signature is first seen; afterwards a call is a look-up, the allocation of the outputs, on the device
+of the inputs, and the launches.
 Extents that no kernel was specialised to are arguments of the launch, so one executable serves them all.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from ..backends.base import Binds, Layout
 from ..configuration import current
 from ..ir.binding import bind_sizes, to_torch
 from ..ir.cascade import Cascade, expressions
@@ -24,6 +26,7 @@ from ..ir.tile import TileProgram
 from ..ir.types import dtype as dtype_named
 from ..schedules.schedule import Schedule
 from .binding import arguments, given_outputs, shape_of, strided_inputs
+from .devices import CPU, check_device, device_of
 from .parts import Function, LibraryPart, LoopPart, Part
 from .scalars import converter
 
@@ -42,24 +45,32 @@ Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A launch with its arguments as positions: in the list of inputs, outputs and temporaries, and in that of scalars."""
+    """A launch with its arguments as positions: in the list of inputs, outputs and temporaries, and in that of scalars.
+
+    `quick` is the function for tensors of the layouts that were bound, which need not be looked at again; `all` tells that it takes all
+    tensors and scalars in their order.
+    """
 
     function: Function
+    quick: Function
     tensors: tuple[int, ...]
     scalars: tuple[int, ...]
+    all: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
     """What a signature was checked to: the tensors to allocate (outputs, then temporaries) and the launches.
 
-    `restrided` gives the stride 1 to a last axis of one element, whose stride says nothing but is checked by the kernel.
+    `restrided` gives the stride 1 to a last axis of one element, whose stride says nothing but is checked by the kernel. `device` is
+    None for the CPU.
     """
 
     allocated: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     outputs: int
     steps: tuple[Step, ...]
     differentiable: bool
+    device: torch.device | None = None
     restrided: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
@@ -110,7 +121,7 @@ class Executable:
         Raises `BindingError` naming the argument that does not fit.
         """
         try:
-            key = tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in tensors])
+            key = tuple([(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors])
             bound = self._memo[key]
             scalars = [convert(named[name]) for name, convert in self._converters]
             known = len(scalars) == len(named)
@@ -131,19 +142,27 @@ class Executable:
             slots[i] = slots[i].as_strided(slots[i].shape, strides)
         allocated = bound.allocated
         if out is not None:
-            slots += given_outputs(self.cascade, tensors, out, allocated[: bound.outputs])
+            slots += given_outputs(self.cascade, tensors, out, allocated[: bound.outputs], bound.device or CPU)
             allocated = allocated[bound.outputs :]
-        for shape, dtype in allocated:
-            slots.append(torch.empty(shape, dtype=dtype))
+        if bound.device is None:
+            for shape, dtype in allocated:
+                slots.append(torch.empty(shape, dtype=dtype))
+        else:
+            for shape, dtype in allocated:
+                slots.append(torch.empty(shape, dtype=dtype, device=bound.device))
         for step in bound.steps:
-            step.function(*[slots[i] for i in step.tensors], *[scalars[i] for i in step.scalars])
+            function = step.quick if out is None else step.function
+            if step.all:
+                function(*slots, *scalars)
+            else:
+                function(*[slots[i] for i in step.tensors], *[scalars[i] for i in step.scalars])
         if bound.outputs == 1:
             return slots[len(tensors)]
         return tuple(slots[len(tensors) : len(tensors) + bound.outputs])
 
     def bind(self, tensors: Sequence[torch.Tensor]) -> Bound:
         """Check tensors, in the order of the cascade's inputs, and remember their signature."""
-        key = tuple([(t.shape, t.stride(), t.dtype, t.is_cpu, t.requires_grad) for t in tensors])
+        key = tuple([(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors])
         bound = self._memo.get(key)
         if bound is None:
             bound = self._checked(dict(zip(self._names, tensors, strict=True)))
@@ -207,7 +226,7 @@ class Executable:
         if self._programs is None:
             from .lower import lower
 
-            self._programs = lower(self.plan, self.schedule, self.sizes)
+            self._programs = lower(self.plan, self.schedule, self.sizes, self.target)
         return self._programs
 
     @property
@@ -255,15 +274,14 @@ class Executable:
                 )
         single = [(i, t) for i, t in enumerate(tensors.values()) if t.ndim and t.shape[-1] == 1 and t.stride(-1) != 1]
         restrided = tuple((i, (*t.stride()[:-1], 1)) for i, t in single)
-        return replace(self._steps(sizes, any(t.requires_grad for t in tensors.values())), restrided=restrided)
+        device = device_of(tensors.values()) if tensors else torch.device("cpu" if self.target.kind == "cpu" else "cuda")
+        strides = [dict(restrided).get(i, t.stride()) for i, t in enumerate(tensors.values())]
+        layouts = [(tuple(t.shape), tuple(s)) for t, s in zip(tensors.values(), strides, strict=True)]
+        bound = self._steps(sizes, layouts, None if device.type == "cpu" else device)
+        return replace(bound, restrided=restrided, differentiable=any(t.requires_grad for t in tensors.values()))
 
     def _check_kind(self, name: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_cpu:
-            raise UnsupportedError(
-                f"{name} lies on {tensor.device}; this executable was built for {self.target.name}",
-                cascade=self.cascade.name,
-                hint=f"{name}.cpu(): kernels of this version run on the CPU",
-            )
+        check_device(self.target, name, tensor, self.cascade.name)
         if name not in self.strided and name in strided_inputs({name: tensor}):
             raise BindingError(
                 f"{name} has stride {tensor.stride(-1)} along its last axis, but this executable was built for contiguous rows",
@@ -279,7 +297,8 @@ class Executable:
 
         evaluate(self.cascade, dict(zip(self._names, tensors, strict=True)), dict(zip(self._scalars, scalars, strict=True)))
 
-    def _steps(self, sizes: Mapping[str, int], differentiable: bool) -> Bound:
+    def _steps(self, sizes: Mapping[str, int], layouts: Sequence[Layout], device: torch.device | None) -> Bound:
+        """The launches for inputs of these shapes and strides; what is allocated for them is contiguous."""
         sizes = {**self.static, **sizes}  # ranks that the plan made, such as that of a stream's stretches, have constant extents
         calls = [part.call for part in self.parts]
         written = {o.name: o for call in calls for o in call.outputs}
@@ -289,16 +308,18 @@ class Executable:
         allocated = tuple(
             (shape_of(written[name].axes, sizes), to_torch(dtype_named(written[name].dtype))) for name in (*results, *temporaries)
         )
-        steps = tuple(
-            Step(
-                part.function(sizes),
-                tuple(slot[name] for name in (*part.call.inputs, *(o.name for o in part.call.outputs))),
-                tuple(self._scalars.index(name) for name in part.call.scalars),
-            )
-            for part in self.parts
-            if all(size > 0 for o in part.call.outputs for size in shape_of(o.axes, sizes))  # nothing to write, nothing to launch
-        )
-        return Bound(allocated, len(results), steps, differentiable)
+        known = [*layouts, *((shape, contiguous(shape)) for shape, _ in allocated)]
+        steps = []
+        for part in self.parts:
+            if any(size == 0 for o in part.call.outputs for size in shape_of(o.axes, sizes)):
+                continue  # nothing to write, nothing to launch
+            function = part.function(sizes)
+            tensors = tuple(slot[name] for name in (*part.call.inputs, *(o.name for o in part.call.outputs)))
+            scalars = tuple(self._scalars.index(name) for name in part.call.scalars)
+            quick = function.bound([known[i] for i in tensors]) if isinstance(function, Binds) and device is not None else function
+            everything = tensors == tuple(range(len(slot))) and scalars == tuple(range(len(self._scalars)))
+            steps.append(Step(function, quick, tensors, scalars, everything))
+        return Bound(allocated, len(results), tuple(steps), False, device)
 
     def _detached(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if torch.is_grad_enabled():
@@ -309,6 +330,11 @@ class Executable:
                 hint="call it under torch.no_grad(), or pass .detach()ed tensors",
             )
         return [t.detach() for t in tensors]
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor that `torch.empty` makes."""
+    return torch.empty(shape, device="meta").stride()
 
 
 def _static(part: Part | LibraryPart | LoopPart) -> Iterable[tuple[str, int]]:

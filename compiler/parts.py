@@ -125,22 +125,24 @@ class LoopPart:
         def call(*given: Any) -> None:
             tensors = dict(zip(names, given[: count[0]], strict=True))
             scalars = dict(zip(self.call.scalars, given[count[1] :], strict=True))
-            final = self._run(sizes, tensors, scalars)
+            final = self._run(sizes, tensors, scalars, given[count[0]].device)
             for memory, output in zip(given[count[0] : count[1]], self.cascade.outputs, strict=True):
                 x, ranks = final[output.name], next(s.ranks for s in states if s.name == output.name)
                 logical_view(memory, output.axes, sizes).copy_(x.permute([ranks.index(r) for r in output.ranks]))
 
         return call
 
-    def _run(self, sizes: Mapping[str, int], tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The states after the last step. Two sets of tensors take turns."""
+    def _run(
+        self, sizes: Mapping[str, int], tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The states after the last step. Two sets of tensors take turns. Whether a block stops is asked of the device after each step."""
         block = self.block
         types = {o.name: to_torch(dtype_named(o.dtype)) for o in self.call.outputs}
         shapes = {s.name: shape_of(tuple((r,) for r in s.ranks), sizes) for s in block.states}
-        now, after = ({name: torch.empty(shape, dtype=types[name]) for name, shape in shapes.items()} for _ in range(2))
+        now, after = ({name: torch.empty(shape, dtype=types[name], device=device) for name, shape in shapes.items()} for _ in range(2))
         for state in block.states:
             self._begin(now[state.name], state, tensors, sizes)
-        step, stop = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.bool)
+        step, stop = (torch.zeros((), dtype=kind, device=device) for kind in (torch.int32, torch.bool))
         numbers = {s.name: scalars[s.name] for s in self.body.cascade.scalars}
         for i in range(sizes[block.rank]):
             step.fill_(i)
@@ -148,7 +150,7 @@ class LoopPart:
             results = [*after.values(), stop] if block.until is not None else list(after.values())
             self.body(*(known[t.name] for t in self.body.cascade.inputs), out=tuple(results), **numbers)
             now, after = after, now
-            if bool(stop):
+            if block.until is not None and bool(stop):
                 break
         return now
 

@@ -210,7 +210,7 @@ REFUSED = [
     (
         lambda q, k, v: attention(q.to("meta"), k.to("meta"), v.to("meta"), scale=1.0),
         ef.UnsupportedError,
-        ("Q lies on meta", "runs kernels on the CPU"),
+        ("Q lies on meta", "kernels run on the CPU and on CUDA devices"),
     ),
     (lambda q, k, v: attention(q.to(torch.complex64), k, v, scale=1.0), ef.BindingError, ("Q is of torch.complex64",)),
     (lambda q, k, v: attention(q.to_sparse(), k, v, scale=1.0), ef.BindingError, ("layout", "to_dense")),

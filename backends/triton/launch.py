@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...ir.errors import BindingError, BuildError, EinfallError, UnsupportedError
-from ..base import Artifact
+from ..base import Artifact, Layout
 from . import driver as cuda
 from .signature import ALIGNED, Memory, Parameter, Signature, Variant
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from .build import Builds, Built
 
-PLAN_LIMIT = 4096  # plans kept by a kernel
+PLAN_LIMIT = 4096  # layouts of tensors that a kernel keeps plans for
 MOST_PROGRAMS = (1 << 31) - 1  # of the first axis of a grid
 SLOT = 8  # bytes of memory that each parameter has
 FORMS = {
@@ -122,43 +122,55 @@ class Launcher:
         self._count = len(signature.tensors)
         pointers = {p.of for p in signature.parameters if p.kind == "pointer" and p.name in signature.aligned}
         self._aligned = tuple(i for i, t in enumerate(signature.tensors) if t.name in pointers)
-        self._plans: dict[object, Plan | None] = {}
+        self._bound: dict[tuple[Layout, ...], Callable[..., None]] = {}
         self._loaded: dict[tuple[int, Variant], tuple[cuda.Function, Entry, Built]] = {}
         self._lock = threading.RLock()
 
     def __call__(self, *given: Any) -> None:
         """Launch on tensors of one device, in order, then the scalars. Returns before the kernel has run."""
-        count = self._count
-        tensors = given[:count]
-        device = tensors[0].get_device()
-        pointers = [t.data_ptr() for t in tensors]
-        low = 0
-        for i in self._aligned:
-            low |= pointers[i]
-        key = (device, low & 15 == 0, tuple([(t.shape, t.stride()) for t in tensors]))
-        try:
-            plan = self._plans[key]
-        except KeyError:
-            plan = self._remember(key, tensors, pointers)
-        if plan is not None:
-            plan(pointers, given[count:])
+        tensors = given[: self._count]
+        self.bound(tuple([(tuple(t.shape), t.stride()) for t in tensors]))(*given)
 
-    def _remember(self, key: object, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> Plan | None:
-        with self._lock:
-            if key not in self._plans:
-                plan = self._plan(tensors, pointers)
-                if len(self._plans) >= PLAN_LIMIT:
-                    self._plans.clear()
-                self._plans[key] = plan
-            return self._plans[key]
+    def bound(self, layouts: Sequence[Layout]) -> Callable[..., None]:
+        """The same for tensors of these shapes and strides alone, which are not looked at again."""
+        key = tuple(layouts)
+        found = self._bound.get(key)
+        if found is None:
+            with self._lock:
+                if len(self._bound) >= PLAN_LIMIT:
+                    self._bound.clear()
+                found = self._bound.setdefault(key, self._bind(key))
+        return found
 
-    def _plan(self, tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> Plan | None:
+    def _bind(self, layouts: tuple[Layout, ...]) -> Callable[..., None]:
+        count, aligned = self._count, self._aligned
+        plans: dict[tuple[int, tuple[int, ...]], Plan | None] = {}
+
+        def launch(*given: Any) -> None:
+            tensors = given[:count]
+            pointers = [t.data_ptr() for t in tensors]
+            low = 0
+            for i in aligned:
+                low |= pointers[i]
+            apart = () if low % ALIGNED == 0 else tuple(i for i in aligned if pointers[i] % ALIGNED)
+            key = tensors[0].get_device(), apart
+            try:
+                plan = plans[key]
+            except KeyError:
+                with self._lock:
+                    plan = plans[key] = plans[key] if key in plans else self._plan(layouts, tensors, pointers)
+            if plan is not None:
+                plan(pointers, given[count:])
+
+        return launch
+
+    def _plan(self, layouts: Sequence[Layout], tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> Plan | None:
         """How tensors like these are launched; None where there is nothing to do."""
         signature = self.signature
         device = self._device(tensors)
-        shapes = [tuple(t.shape) for t in tensors]
+        shapes = [shape for shape, _ in layouts]
         # the stride of an axis of one element leads nowhere, whatever it says
-        strides = [tuple(s if n > 1 else 0 for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+        strides = [tuple(s if n > 1 else 0 for n, s in zip(*layout, strict=True)) for layout in layouts]
         extents = signature.extents(shapes)
         programs = signature.programs(extents)
         if programs == 0:
@@ -166,15 +178,14 @@ class Launcher:
         variant = signature.variant(pointers, shapes, strides)
         driver, runtime = cuda.load_driver(), torch_runtime()
         function, entry, built = self._load(driver, device, variant, pointers)
-        shared = built.shared
         if signature.persistent:
-            programs = min(programs, driver.blocks_at_once(function, entry.threads, shared, device))
+            programs = min(programs, driver.blocks_at_once(function, entry.threads, built.shared, device))
         if programs > MOST_PROGRAMS:
             raise UnsupportedError(f"{signature.entry} would have {programs} programs, more than {MOST_PROGRAMS}", hint="larger tiles")
         fixed = {p.name: _fixed(p, signature, extents, strides) for p in signature.parameters if p.kind in ("stride", "extent")}
-        memory = Layout.of(signature, variant, entry, fixed)
+        memory = Places.of(signature, variant, entry, fixed)
         scratch = int(built.metadata.get("global_scratch_size") or 0) * programs
-        call = (ctypes.c_void_p(function.handle), programs, entry.threads, shared)
+        call = (ctypes.c_void_p(function.handle), programs, entry.threads, built.shared)
         return Plan(signature, driver, runtime, device, memory, call, scratch)
 
     def _device(self, tensors: Sequence[torch.Tensor]) -> int:
@@ -234,7 +245,7 @@ def _position(tensors: Sequence[Memory], name: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Places:
     """Where the parameters of a kernel lie in memory, a slot of 8 bytes each: what changes from call to call first, then the rest.
 
     Args:
@@ -248,7 +259,7 @@ class Layout:
     slots: tuple[int, ...]
 
     @staticmethod
-    def of(signature: Signature, variant: Variant, entry: Entry, fixed: Mapping[str, int]) -> Layout:
+    def of(signature: Signature, variant: Variant, entry: Entry, fixed: Mapping[str, int]) -> Places:
         """The layout for a build. Raises `BuildError` where the PTX takes something else, `BindingError` for a number that does not fit."""
         types = signature.types(variant)
         extra = len(entry.parameters) - len(signature.parameters)
@@ -276,7 +287,7 @@ class Layout:
                 what = f"the {p.kind} of {p.of} is {fixed[p.name]}, more than {entry.name} can count"
                 raise BindingError(what, hint="smaller tensors") from None
         slots += range(len(changing) - extra, len(changing))
-        return Layout(struct.Struct("=" + "".join(_slot(form) for form in changing)), rest, tuple(slots))
+        return Places(struct.Struct("=" + "".join(_slot(form) for form in changing)), rest, tuple(slots))
 
 
 def _form(type_name: str, p: Parameter) -> str:
@@ -294,7 +305,7 @@ class Frame:
 
     __slots__ = ("arguments", "memory", "parameters", "stream")
 
-    def __init__(self, layout: Layout, call: tuple[Any, int, int, int]) -> None:
+    def __init__(self, layout: Places, call: tuple[Any, int, int, int]) -> None:
         function, programs, threads, shared = call
         size = layout.changing.size + len(layout.fixed)
         self.memory = (ctypes.c_uint64 * max(size // SLOT, 1))()
@@ -318,7 +329,7 @@ class Plan:
         driver: cuda.Driver,
         runtime: Runtime,
         device: int,
-        layout: Layout,
+        layout: Places,
         call: tuple[Any, int, int, int],
         scratch: int,
     ) -> None:
