@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..ir.errors import UnsupportedError
-from ..schedules.target import Target
+from ..schedules.target import SECOND, Target
 from .base import Backend
 
 
@@ -14,6 +14,10 @@ def backend_for(target: Target) -> Backend:
             from .tvm import TvmCpu
 
             return TvmCpu()
+        case "cuda" if target.name.endswith(SECOND):
+            from .tvm_cuda import TvmCuda
+
+            return TvmCuda()
         case "cuda" | "hip":
             from .triton import TritonCuda
 
