@@ -45,7 +45,10 @@ def compile_command(
     output: str,
     schedule: str | None,
 ) -> None:
-    """Build REF for a target and write source, binary and manifest into a folder that `ef.load` reads."""
+    """Build REF for a target and write source, binary and manifest into a folder that `ef.load` reads.
+
+    For a GPU, which need not be there, the assembly lies beside them. What is known of each kernel is printed.
+    """
     asked = request(ref, target, dims, dtype, values, seed)
     chosen = None if schedule is None else _schedule(Path(schedule))
     with using(database):

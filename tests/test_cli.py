@@ -129,6 +129,24 @@ def test_compile_writes_what_load_runs(call, place):
     torch.testing.assert_close(ef.load(place / "built")(q, k, v, scale=0.25).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("target", "listed"), [("cuda:sm_80", {"ptx", "cubin"}), ("hip:gfx942", {"amdgcn", "hsaco"})])
+def test_compile_for_a_gpu_writes_what_there_is_to_read(call, place, target, listed):
+    status, out, err = call("compile", "rows.cascade", *ROWS, "--target", target, "-o", "built", "--json")
+    assert (status, err) == (0, "")
+    files = {p.suffix[1:]: p for p in (place / "built").iterdir()}
+    assert set(files) == {"py", "zip", "json", *listed}
+    assert "@triton.jit" in files["py"].read_text() and any(text.read_bytes().startswith(b"\x7fELF") for text in files.values())
+    found = json.loads(out)["facts"]
+    assert found["registers"] > 0 and found["shared_bytes"] >= 0 and found["instructions"] and found["occupancy"]["blocks"] > 0
+    loaded = ef.load(place / "built")
+    assert loaded.facts == found and loaded.target.name == target
+    status, out, _ = call("compile", "rows.cascade", *ROWS, "--target", target, "-o", "again")
+    assert status == 0 and f"rows: registers {found['registers']}, " in out and "occupancy: blocks" in out
+    files["py"].write_text("import os")
+    with pytest.raises(ef.BuildError, match="does not match its hash"):
+        ef.load(place / "built")
+
+
 def test_compile_takes_a_schedule_from_a_file(call, place):
     (place / "schedule.json").write_text('{"version": 1, "tile": {"m": 4, "p": 16}, "grid_order": "rising"}')
     status, out, _ = call("compile", "kernels.py:attention", *ATTENTION, "-o", "built", "--schedule", "schedule.json", "--json")

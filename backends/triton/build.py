@@ -10,17 +10,20 @@ executes nothing: every entry is compared with what `builds.json` says of it, an
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +161,11 @@ def architecture(target: Target) -> list[str | int]:
 
 
 def kernel_file(source: Source) -> Path:
-    """A file that holds the source, named by its content; written where it is not there yet. A reader never sees half of it."""
-    root = current().cache
-    folder = Path(tempfile.gettempdir()) / f"einfall-{os.getuid()}" if root is None else root
+    """A file that holds the source, named by its content; written where it is not there yet. A reader never sees half of it.
+
+    Without a cache it lies in a folder of this process.
+    """
+    folder = current().cache or _own_folder(os.getpid())
     path, data = folder / "triton" / f"kernel_{hashlib.sha256(source.text.encode()).hexdigest()[:32]}.py", source.text.encode()
     with suppress(OSError):
         if path.read_bytes() == data:
@@ -174,6 +179,18 @@ def kernel_file(source: Source) -> Path:
     except OSError as error:
         raise BuildError(f"{path} cannot be written: {error.strerror}", hint="set EINFALL_CACHE to a folder of yours") from None
     return path
+
+
+@cache
+def _own_folder(process: int) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="einfall-kernels-"))
+
+    def remove() -> None:
+        if os.getpid() == process:  # and not a fork of it
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 # -- one file -----------------------------------------------------------------------------------------------------------------------
