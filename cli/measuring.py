@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def check_command(
     ref: str, target: str, dims: Any, dtype: Any, values: Any, database: str | None, as_json: bool, seed: int, trials: int
 ) -> int:
-    """Compare REF with the reference in float64, over random extents and values. --dims fixes extents."""
+    """Compare REF with the reference in float64, over random extents and values. --dims fixes extents.
+
+    For a GPU that is not here the emitted kernels are interpreted on the CPU, over small extents.
+    """
     asked = request(ref, target, dims, dtype, values, seed)
     with using(database), progress("checking", trials, quiet=as_json) as advance:
 
@@ -40,7 +43,7 @@ def check_command(
             ]
             for trial in report.trials
         ]
-        table(f"{report.cascade} on {report.target}", ["extents", "largest error", "allowed", "result"], rows)
+        table(report.title, ["extents", "largest error", "allowed", "result"], rows)
     return 0 if report.passed else 1
 
 

@@ -7,6 +7,7 @@
 - takes the number of a pair with one NaN in `maximum` and `minimum`, as devices do, and rounds operands of tf32 dots to tf32,
 - reduces and scans by trees of whole tensors with the combining function itself, in order; the stock ones go element by element, and
   take the place of an extreme from numpy whatever indices are given,
+- gives the indices of `tl.range` as scalars of the kernel, where the stock one gives Python's numbers,
 - evaluates `and`, `or` and `not` of tensors element by element,
 - translates pointers: those of a launch are addresses in `Memory`, which knows every tensor's bounds.
 
@@ -16,7 +17,7 @@ Tried with Triton 3.6.0, 3.7.1 and 3.9.0. Anything else is held against what is 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,6 +335,19 @@ class _Function(it.InterpretedFunction):  # type: ignore[misc]
         return self.rewrite()(*args, **kwargs)
 
 
+def _range(first: Any, second: Any = None, step: Any = 1, **options: Any) -> Iterator[Any]:
+    """The indices of a loop as scalars of the kernel, which they are on a device; stages and the like change nothing here."""
+    begin, end = (0, first) if second is None else (first, second)
+    for i in range(begin, end, step):
+        yield it.interpreter_semantic.to_tensor(i)
+
+
+def _patch_core(language: Any, scope: Any) -> None:
+    _STOCK_PATCH(language, scope)
+    scope.set_attr(language, "range", _range)
+
+
+_STOCK_PATCH = it._patch_lang_core
 _EXPECTED = {
     it.InterpreterBuilder: (
         "binary_op", "unary_op", "cast_impl", "create_fp_to_fp", "create_fp_trunc", "create_fp_ext", "create_si_to_fp", "create_dot",
@@ -353,7 +367,11 @@ def install() -> None:
     if installed():
         return
     missing = [f"{owner.__name__}.{name}" for owner, names in _EXPECTED.items() for name in names if not hasattr(owner, name)]
-    missing += [name for name in ("interpreter_builder", "_get_np_dtype", "_patch_lang", "InterpreterOptions") if not hasattr(it, name)]
+    missing += [
+        name
+        for name in ("interpreter_builder", "interpreter_semantic", "_get_np_dtype", "_patch_lang", "InterpreterOptions")
+        if not hasattr(it, name)
+    ]
     if missing:
         raise _unexpected(f"lacks {', '.join(missing)}")
     builder = it.interpreter_builder
@@ -361,6 +379,7 @@ def install() -> None:
     builder.begin(None)
     builder.options = it.InterpreterOptions(sanitize_overflow=False)  # checks that cost a quarter of the time and report to nobody
     it.ReduceOps, it.ScanOps = ReduceOps, ScanOps
+    it._patch_lang_core = _patch_core
     it.InterpretedFunction.__call__ = _Function.__call__
     it.InterpretedFunction.rewritten_fn.clear()
     it.FunctionRewriter.ast_transformer = Transformer()
