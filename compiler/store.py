@@ -31,7 +31,7 @@ from .executable import Executable
 from .parts import Call, LibraryPart, LoopPart, Part
 
 FORMAT = 1  # of the manifest; raised when its layout changes
-_TOOLS = {"cpu": ("apache-tvm", "apache-tvm-ffi"), "cuda": ("triton",), "hip": ("triton",)}
+_TOOLS = {"cpu": ("apache-tvm", "apache-tvm-ffi"), "cuda": ("apache-tvm", "apache-tvm-ffi", "triton"), "hip": ("triton",)}
 
 
 @cache
