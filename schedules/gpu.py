@@ -43,6 +43,7 @@ def gpu_tiles(roles: Roles, sizes: Mapping[str, int], widest: int) -> dict[str, 
         rows = max(1, rows // tile[rank])
     for rank in roles.lanes:
         tile[rank] = min(LONGEST, ceil_power(sizes.get(rank, LONGEST), SHORTEST // 2))
+        deep = max(deep, tile[rank])
     if roles.stream is not None:
         most = max(SHORTEST, min(LONGEST, ELEMENTS * 2 // (deep * widest)))
         tile[roles.stream] = min(most, ceil_power(sizes.get(roles.stream, most), SHORTEST // 2))

@@ -17,6 +17,7 @@ from ..base import Source
 from . import script as ts
 from .analysis import ordered_tiles, precise_tiles
 from .axes import axes_of, nodes_of
+from .blocks import block_contractions
 from .dots import Contractions
 from .helpers import sources
 from .kernel import Edge, Scope
@@ -38,6 +39,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     Raises `UnsupportedError` naming statement and operation for what the emitter cannot do, `ScheduleError` for an illegal schedule.
     """
     check_types(program)
+    program = block_contractions(program, {name: dot.k_block for name, dot in schedule.dot if dot.k_block is not None})
     emitter = Emitter(program, options_of(program, schedule, target), strided)
     body = emitter.kernel(heavy_first=schedule.grid_order == "heavy_first")
     return Source.make(emitter.file(body), emitter.entry, target)
@@ -239,10 +241,10 @@ class Emitter(Contractions):
         outer.lines.append(Comment(runs if begins_whole else f"tiles over the edge, {runs}"))
         name = self.names.fresh("bounds_of")
         outer.lines.append(Assign(name, f"({', '.join(p.text for p in parts)})"))
-        variable = "edge" if begins_whole else self.names.fresh("part")
-        inner = For(start.text, f"tl.range({name}[{variable}], {name}[{variable} + 1], {step}{stages})", scope.lines)
-        body: list[Statement] = [inner] if begins_whole else [Assign("edge: tl.constexpr", f"{variable} != 1"), inner]
-        outer.lines.append(For(variable, f"tl.static_range({len(parts) - 1})", body))
+        before = 0 if begins_whole else 1  # runs before the whole tiles; `edge` is 0 for these alone
+        this, after = ("edge", "edge + 1") if begins_whole else ("edge + 1", "edge + 2")
+        inner = For(start.text, f"tl.range({name}[{this}], {name}[{after}], {step}{stages})", scope.lines)
+        outer.lines.append(For("edge", f"tl.static_range({-before}, 2)" if before else "tl.static_range(2)", [inner]))
 
     def _is_lanes(self, loop: Loop) -> bool:
         axis = self.axes.of(loop.rank)

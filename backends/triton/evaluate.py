@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from ...ir.errors import UnsupportedError
@@ -83,6 +84,10 @@ class Evaluator(MemoryAccess):
             shared = self._by_reciprocal(args[0], args[1], digits)
             if shared is not None:
                 return shared
+        if name == "exp" and not precise:
+            shared = self._base_two(args[0], digits)
+            if shared is not None:
+                return shared
         values = [self.value(a, digits, precise=deciding) for a in args]
         known = all(self.is_natural(a) for a in args) or any(self._is_ordered(a) for a in args)
         return self.operation(name, values, precise=deciding, known=known)
@@ -114,6 +119,22 @@ class Evaluator(MemoryAccess):
         scope = self.scope_of(b)
         one = self.define("by", replace(inverse, weak=False), scope, ("inverse", inverse.text))
         return self.operation("mul", [x, one])
+
+    def _base_two(self, e: Expr, digits: Digits) -> Value | None:
+        """exp(a - b) with fewer values of b than of a: a power of two whose exponent is one fused multiply-add a value."""
+        match e:
+            case Op(name="sub", args=(x, y)) if not isinstance(y, Const):
+                pass
+            case _:
+                return None
+        a, b = (self.value(part, digits) for part in (x, y))
+        if not set(b.axes) < set(a.axes) or not (a.dtype.is_float and b.dtype.is_float):
+            return None
+        by = ts.constant(math.log2(math.e))
+        low = self.infix("*", self.held(self.computed(b), "float32"), by, "float32", f32)
+        shift = self.define(f"{b.text}_2" if b.text.isidentifier() else "shift_2", low, self.scope_of(y), ("base two", low.text))
+        high = self.infix("*", self.held(self.computed(a), "float32"), by, "float32", f32)
+        return ts.call("tl.exp2", self.infix("-", high, shift, "float32", f32))
 
     def _count(self, rank: str) -> Value:
         tile = ts.constant(self.tile_of(rank))

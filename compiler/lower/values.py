@@ -166,15 +166,18 @@ class Values:
         over = tuple(r for r in s.over if r in self.tile)
         result = tuple(r for r in self.ranks_of(probe) if r not in s.over)
         contraction = None
-        if s.op == "sum" and where is None and summand_is_float(self.types[s.out]):
+        held = set(self.ranks_of(summand)) - set(s.over)
+        apart = where is None or set(self.ranks_of(where)) <= held  # then it may be asked of the sum
+        if s.op == "sum" and apart and summand_is_float(self.types[s.out]):
             contraction = find_contraction(summand, result, over, self.tiles, self.size)
-        if where is not None:
+        if where is not None and contraction is None:
             summand = Op("where", (where, summand, IDENTITY[s.op or "sum"]))
         missing = tuple(r for r in s.over if r not in expression_ranks(summand, self.tiles))
         dst = self.new_name(s.out)
         dtype = self.type_of(Read(s.out, ()))
         if contraction is not None:
-            self._dot(section, dst, result, over, contraction.left, contraction.right, s)
+            post = None if where is None else Op("where", (where, Tile(dst), Const(0.0)))
+            self._dot(section, dst, result, over, contraction.left, contraction.right, s, post)
         else:
             for rank in missing if s.op in ("sum", "prod") else ():
                 repeat = "mul" if s.op == "sum" else "pow"
@@ -212,11 +215,14 @@ class Values:
             self.body.made[key] = dst
         return Tile(self.body.made[key])
 
-    def _dot(self, section: Section, dst: str, ranks: tuple[str, ...], over: tuple[str, ...], a: Expr, b: Expr, s: Einsum) -> None:
+    def _dot(
+        self, section: Section, dst: str, ranks: tuple[str, ...], over: tuple[str, ...], a: Expr, b: Expr, s: Einsum, post: Expr | None
+    ) -> None:
         left = self.operand(a, f"{dst}_lhs", section)
         right = self.operand(b, f"{dst}_rhs", section)
         self._declare_in(section, dst, ranks)
-        section.nodes.append(Dot(dst, ranks, over, left, right, dtype=contraction_type(s.expr, self.input_types()), note=s.out))
+        dtype = contraction_type(s.expr, self.input_types())
+        section.nodes.append(Dot(dst, ranks, over, left, right, post=post, dtype=dtype, note=s.out))
 
     def operand(self, e: Expr, name: str, section: Section) -> Expr:
         """A side of a contraction as a tile or a read. What does not change in a loop is packed before it."""
