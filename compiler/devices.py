@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from ..ir.errors import UnsupportedError
-from ..schedules.target import Target, target_names
+from ..schedules.target import SECOND, Target, target_names
 
 CPU = torch.device("cpu")
 Capability = tuple[int, int]
@@ -77,6 +77,6 @@ def check_device(target: Target, name: str, tensor: torch.Tensor, cascade: str) 
 
 
 def _capability(target: str) -> Capability:
-    """(9, 0) of `cuda:sm_90`."""
-    major, minor = divmod(int(target.rpartition("_")[2]), 10)
+    """(9, 0) of `cuda:sm_90`, whichever emitter it names."""
+    major, minor = divmod(int(target.removesuffix(SECOND).rpartition("_")[2]), 10)
     return major, minor

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..backends.base import Source
 from ..backends.triton.interpret import interpret
 from ..ir.cascade import Cascade
 from ..ir.errors import UnsupportedError
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan
 from ..schedules.schedule import Schedule
-from ..schedules.target import Target, host_target
+from ..schedules.target import SECOND, Target, host_target
 from .driver import Lowered, Order, lower_cascade, lower_plan
 from .executable import Executable
-from .parts import Call, LibraryPart, LoopPart, Part
+from .parts import Call, Function, LibraryPart, LoopPart, Part
 
 INTERPRETED = ("cuda", "hip")  # kinds of targets whose emitted sources can be interpreted
 
@@ -68,5 +69,14 @@ def _parts(order: Order, lowered: Lowered) -> list[Part | LibraryPart | LoopPart
                 parts.append(LoopPart.of(step, types, body))
             case KernelPlan():
                 program, source = next(kernels)
-                parts.append(Part(Call.of(program), source, loaded=interpret(source)))
+                parts.append(Part(Call.of(program), source, loaded=_loaded(source)))
     return parts
+
+
+def _loaded(source: Source) -> Function:
+    """The kernel on CPU tensors: in Triton's interpreter, or emulated from the CUDA C of the second emitter."""
+    if not source.target.name.endswith(SECOND):
+        return interpret(source)
+    from ..backends.tvm_cuda.emulator import emulate
+
+    return emulate(source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -48,8 +48,9 @@ def kernel_of(program: TileProgram, schedule: Schedule = DEFAULT, narrowed: bool
 def run(
     program: TileProgram, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, float] = {}, *, schedule: Schedule = DEFAULT,
     narrowed: bool = False, strided: frozenset[str] = frozenset(), sizes: Mapping[str, int] | None = None,
+    kernel: Callable[..., object] | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The outputs of a launch; raises `AssertionError` if anything beside them was written."""
+    """The outputs of a launch, of the CPU's kernel or of another; raises `AssertionError` if anything beside them was written."""
     extents = dict(sizes or {})
     for t in program.inputs:
         for axis, size in zip(t.axes, tensors[t.name].shape, strict=True):
@@ -73,7 +74,7 @@ def run(
         band = torch.full((_product(shape) + 2 * GUARD,), poison, dtype=dtype)
         outputs[o.name] = band[GUARD : GUARD + _product(shape)].view(shape)
         bands.append((o.name, band, poison))
-    kernel = kernel_of(program, schedule, narrowed, strided)
+    kernel = kernel or kernel_of(program, schedule, narrowed, strided)
     kernel(*[tensors[t.name] for t in program.inputs], *outputs.values(), *[scalars[s.name] for s in program.scalars])
     for name, band, poison in bands:
         guards = torch.cat([band[:GUARD], band[-GUARD:]])
