@@ -11,6 +11,7 @@ from math import prod
 import torch
 
 from .cascade import Cascade, Concat, Iterate, Populate, Statement, Tensor, expressions
+from .coordinates import check_coordinates
 from .errors import BindingError
 from .expr import Const, Expr, Extent, Index, Op, Read, reads
 from .types import DTYPES, DType
@@ -117,6 +118,7 @@ class _Solver:
             raise self._underdetermined(unknown)
         for statement in statements:
             self._check_slots(statement)
+        check_coordinates(self.cascade, self.known)
         return self.known
 
     def _check_slots(self, statement: Statement) -> None:

@@ -12,7 +12,7 @@ from ..schedules.target import Target
 from .database.records import Device, Toolchain
 
 # Raised whenever the compiler emits other code for the same schedule: earlier winners then become seeds of a new search.
-CODEGEN_ABI = 3
+CODEGEN_ABI = 4
 _COMPILERS = {"cpu": ("tvm", "apache-tvm"), "cuda": ("triton", "triton"), "hip": ("triton", "triton"), "ascend": ("ascend", "triton")}
 
 

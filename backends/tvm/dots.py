@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ...ir.expr import Expr, Read, Tile
+from ...ir.expr import Expr, Index, Read, Tile
 from ...ir.infer import expression_ranks
 from ...ir.tile import Dot
 from ...ir.types import bf16, f64
@@ -261,7 +261,8 @@ def _pairs_of_neighbours(kernel: Kernel, dot: Dot, tile: RegisterTile, loops: tu
 
 def _lies_in_pairs(kernel: Kernel, e: Read, at: Point) -> bool:
     array = kernel.memory.arrays[e.tensor]
-    return array.dtype == bf16 and e.fill is None and kernel.evaluator.is_vector(e, array, at)
+    own = bool(e.coords) and e.coords[-1] == Index(array.ranks[-1])  # all of them lie in the tensor
+    return array.dtype == bf16 and e.fill is None and own and kernel.evaluator.is_vector(e, array, at)
 
 
 def _neighbours(kernel: Kernel, e: Expr, at: Point, out: list[Statement]) -> Value:

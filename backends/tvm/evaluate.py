@@ -364,34 +364,33 @@ class Evaluator(Arithmetic):
 
     def _coordinates(self, e: Read, array: Array, at: Point, out: list[Statement]) -> tuple[tuple[Value, ...], Value | None]:
         """Coordinates clamped to the tensor wherever they might leave it, and with a fill the test whether they are inside."""
-        ranks = tuple(rank for axis in array.axes for rank in axis)
-        coords: list[Value] = []
         tests: list[Value] = []
-        for rank, c in zip(ranks, e.coords, strict=True):
-            if isinstance(c, Index):
-                v = self.bounded(c.rank, at)
-                if e.fill is not None and c.rank != rank:
-                    v = self._clamped(v, rank, tests, e.fill, low=False)
-            else:
-                v = self.coordinate(c, at, out)
-                if e.fill is not None or self._clamps(c, at):
-                    v = self._clamped(v, rank, tests, e.fill, low=True)
-            coords.append(v)
+        coords = [self._clamped(c, rank, at, e.fill, tests, out) for c, rank in zip(e.coords, array.ranks, strict=True)]
         return tuple(coords), self.all_of(tests)
 
-    def _clamps(self, c: Expr, at: Point) -> bool:
-        """Whether a computed coordinate may lie outside: it moves with a rank that leaves its extent, or comes from data."""
-        moving = any(self.ragged(r, at) for r in expression_ranks(c, self.tile_ranks))
-        return not isinstance(c, Index) and (moving or any(isinstance(n, (Tile, Read)) for n in walk(c)))
+    def within(self, c: Expr, rank: str, at: Point) -> tuple[bool, bool]:
+        """Whether a coordinate is certainly 0 or more, and certainly below the extent of `rank`."""
+        return self.memory.reach.within(c, rank, frozenset(r for r in expression_ranks(c, self.tile_ranks) if self.ragged(r, at)))
 
-    def _clamped(self, v: Value, rank: str, tests: list[Value], fill: Const | None, low: bool) -> Value:
-        extent = self.memory.extent(rank)
+    def _clamped(self, c: Expr, rank: str, at: Point, fill: Const | None, tests: list[Value], out: list[Statement]) -> Value:
+        """A coordinate clamped at the ends of `rank` that it might leave; with a fill, tests whether it keeps within them are added."""
+        if isinstance(c, Index):
+            v = self.bounded(c.rank, at)
+            if c.rank == rank:
+                return v
+            low, high = self.memory.reach.within(c, rank, frozenset())  # bounded by the extent of its own rank it is already
+        else:
+            v = self.coordinate(c, at, out)
+            low, high = self.within(c, rank, at)
+        index, extent = ts.wrapped(v, ts.SUM), self.memory.extent(rank)
+        if not high:
+            v = ts.smaller(v, ts.sub(extent, ts.integer(1)))
+        if not low:
+            v = ts.larger(v, ts.integer(0))
         if fill is not None:
-            tests.append(Value(f"{ts.wrapped(v, ts.SUM)} < {extent.text}", "bool", binding=ts.OTHER))
-            if low:
-                tests.append(Value(f"{ts.wrapped(v, ts.SUM)} >= 0", "bool", binding=ts.OTHER))
-        v = ts.smaller(v, ts.sub(extent, ts.integer(1)))
-        return ts.larger(v, ts.integer(0)) if low else v
+            ends = [(f"{index} < {extent.text}", high), (f"{index} >= 0", low)]
+            tests += [Value(test, "bool", binding=ts.OTHER) for test, certain in ends if not certain]
+        return v
 
     def coordinate(self, e: Expr, at: Point, out: list[Statement]) -> Value:
         """An index expression; plain arithmetic stays wide."""
@@ -412,21 +411,28 @@ class Evaluator(Arithmetic):
 
     def _vector_read(self, e: Read, array: Array, at: Point, out: list[Statement], compute: str) -> Value:
         """Adjacent elements at once; where the lane's tail may stick out of the tensor it is masked."""
-        lane = str(at.lane)
-        plain = replace(at, exact=at.exact | {lane})  # the lane itself is masked, not clamped
-        coords = (*self._coordinates(e, array, at, out)[0][:-1], self._coordinates(e, array, plain, out)[0][-1])
+        *ranks, rank = array.ranks
+        *others, moving = e.coords
+        low, high = self.within(moving, rank, at)
+        last = self.coordinate(moving, at, out)
+        if not isinstance(moving, Index):  # kept near the tensor, and not in it: lanes that lie inside are read where they are
+            last = last if high else ts.smaller(last, self.memory.extent(rank))
+            last = last if low else ts.larger(last, ts.integer(-at.lanes))
+        coords = (*(self._clamped(c, r, at, None, [], out) for c, r in zip(others, ranks, strict=True)), last)
         index = tuple(array.axis_index(i, coords, self.memory.extents) for i in range(len(array.axes)))
-        limit = ts.narrow(ts.sub(array.shape[-1], index[-1])) if self.ragged(lane, at) or self._clamps(e.coords[-1], plain) else None
-        return self._load(array, index, at.lanes, limit, compute)
+        first = None if low else ts.narrow(ts.sub(ts.integer(0), index[-1]))
+        limit = None if low and high else ts.narrow(ts.sub(array.shape[-1], index[-1]))
+        return self._load(array, index, at.lanes, first, limit, compute)
 
-    def _load(self, array: Array, index: tuple[Value, ...], lanes: int, limit: Value | None, compute: str) -> Value:
-        """A vector from memory; lanes at `limit` and beyond are not touched."""
+    def _load(self, array: Array, index: tuple[Value, ...], lanes: int, first: Value | None, limit: Value | None, compute: str) -> Value:
+        """A vector from memory; lanes before `first`, and at `limit` and beyond, are not touched."""
         if limit is None and array.memory_type == compute and compute != "bool":
             return array.element((*index[:-1], ts.ramp(index[-1], lanes)))
         name = array.helper_type if compute == compute_type(array.dtype) else compute
-        function = f"{'load' if limit is None else 'mload'}_{name}_v{lanes}"
+        function = f"{'load' if limit is None else 'mload' if first is None else 'wload'}_{name}_v{lanes}"
         self.helpers.add(function)
-        args = [Value(f"T.address_of({array.element(index).text})", "handle"), *([] if limit is None else [limit])]
+        masked = [*([] if first is None else [first]), *([] if limit is None else [limit])]
+        args = [Value(f"T.address_of({array.element(index).text})", "handle"), *masked]
         loaded = ts.extern(function, *args, dtype="int8" if compute == "bool" else compute, lanes=lanes)
         return self.cast(loaded, "bool") if compute == "bool" else loaded
 

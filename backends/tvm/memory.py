@@ -11,6 +11,7 @@ from ...ir.expr import Const, Expr, Extent, Op
 from ...ir.tile import TileProgram
 from ...ir.types import DType
 from . import script as ts
+from .reach import Reach
 from .script import Let, Names, Value
 
 MEMORY_TYPES = {
@@ -31,6 +32,11 @@ class Array:
     shape: tuple[Value, ...]
     strides: tuple[str, ...]
     unit: bool
+
+    @property
+    def ranks(self) -> tuple[str, ...]:
+        """The rank of every coordinate."""
+        return tuple(rank for axis in self.axes for rank in axis)
 
     @property
     def memory_type(self) -> str:
@@ -82,7 +88,15 @@ class Memory:
         self._unsolved: list[tuple[Axis, Value]] = []
         self.arrays = {t.name: self._array(t, t.name not in strided) for t in tensors}
         self._solve()
+        self.reach = Reach(self._size_of)
         self.scalars = {s.name: Value(names.fresh("a", s.name), "float64" if s.dtype.bits == 64 else "float32") for s in program.scalars}
+
+    def _size_of(self, rank: str) -> int | Expr | None:
+        """An extent as far as it is known before the call."""
+        known = self.extents.get(rank)
+        if known is not None and known.number is not None:
+            return int(known.number)
+        return next((d.size for d in self._program.ranks if d.name == rank), None)
 
     def _symbol(self, prefix: str, wanted: str) -> Value:
         symbol = self._names.fresh(prefix, wanted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ...ir.expr import Cast, Expr, Masked, Op, Read, Tile, walk
+from ...ir.expr import Cast, Expr, Index, Masked, Op, Read, Tile, walk
 from ...ir.infer import expression_ranks
 from ...ir.tile import Dot, Map, Reduce, TileProgram
 from ...ir.types import DType, bf16, f32, f64
@@ -194,7 +194,8 @@ def _pairs_in_memory(packer: _Packer, e: Read, rank: str) -> bool:
     """Whether two neighbours along `rank` are one aligned-enough 32-bit load."""
     streamed = {s.loop.rank for s in all_steps(packer.whole) if isinstance(s, Stream)}
     plain = e.fill is None and e.tensor not in packer.strided and packer.types[e.tensor] == bf16
-    return plain and rank not in streamed and is_adjacent(e.coords, rank, packer.tiles)
+    own = any(t.name == e.tensor and bool(e.coords) and e.coords[-1] == Index(t.ranks[-1]) for t in packer.program.inputs)  # both inside
+    return plain and own and rank not in streamed and is_adjacent(e.coords, rank, packer.tiles)
 
 
 def _can_be_paired(packer: _Packer, tile: str, dot: Dot, rank: str, vector: str | None) -> bool:

@@ -244,8 +244,8 @@ def _of_any_width(stem: str, n: int) -> str | None:
     """The helpers whose scalar form is no lane of a vector: memory, conversions, integers."""
     verb, _, t = stem.partition("_")
     match verb:
-        case "load" | "mload":
-            return load_ir(t, n, verb == "mload")
+        case "load" | "mload" | "wload":
+            return load_ir(verb, t, n)
         case "store" | "mstore":
             return store_ir(t, n, verb == "mstore")
         case "cast":

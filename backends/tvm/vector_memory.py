@@ -25,16 +25,26 @@ def _hidden(ir: Ir) -> str:
     return ir.op('call i32 asm "", "=r,0"(i32 %n)')
 
 
-def load_ir(t: str, n: int, masked: bool) -> str:
-    """Elements from memory that need not be aligned; masked, lanes from `n` on are 0. Narrow floats come as f32."""
+MASKS = {"load": (), "mload": ("%n",), "wload": ("%first", "%n")}
+
+
+def load_ir(verb: str, t: str, n: int) -> str:
+    """Elements from memory that need not be aligned. Narrow floats come as f32.
+
+    Of `mload` lanes from `n` on are 0, of `wload` those before `first` as well.
+    """
     stored = stored_type(t)
     given = "float" if t in CODES else stored
     ir = Ir("", n)
     vector = ir.kind(stored)
-    name = f"{'mload' if masked else 'load'}_{t}_{suffix(n)}"
-    ir.lines = [f"define {ir.kind(given)} @{name}(ptr %p{', i32 %n' if masked else ''}) alwaysinline {{"]
-    if masked:
-        source = (("ptr", f"align {_SIZES[stored]} %p"), (f"<{n} x i1>", _mask(ir)), (vector, "zeroinitializer"))
+    counts = MASKS[verb]
+    ir.lines = [f"define {ir.kind(given)} @{verb}_{t}_{suffix(n)}({', '.join(('ptr %p', *(f'i32 {c}' for c in counts)))}) alwaysinline {{"]
+    if counts:
+        mask = _mask(ir)
+        if len(counts) > 1:
+            before = ir.op(f"xor <{n} x i1> {_mask(ir, counts[0])}, <{', '.join(['i1 true'] * n)}>")
+            mask = ir.op(f"and <{n} x i1> {mask}, {before}")
+        source = (("ptr", f"align {_SIZES[stored]} %p"), (f"<{n} x i1>", mask), (vector, "zeroinitializer"))
         value = ir.call(vector, f"llvm.masked.load.{ir.overload(stored)}.p0", *source)
     else:
         value = ir.op(f"load {vector}, ptr %p, align {_SIZES[stored]}, !invariant.load !0")
