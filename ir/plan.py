@@ -127,17 +127,11 @@ class KernelPlan:
     kept: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LibraryPlan:
-    """A statement over whole tensors that is left to library calls: a sort, a selection, a scatter, a concatenation in memory.
+class _Standalone:
+    """A step that is a cascade by itself, whose inputs and outputs it has."""
 
-    `cascade` is that one statement by itself: its inputs are the operands as they lie in memory, its outputs what it defines.
-    """
-
-    name: str
+    __slots__ = ()
     cascade: Cascade
-    stream: None = None
-    stages: tuple[()] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -149,7 +143,20 @@ class LibraryPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class LoopPlan:
+class LibraryPlan(_Standalone):
+    """A statement over whole tensors that is left to library calls: a sort, a selection, a scatter, a concatenation in memory.
+
+    `cascade` is that one statement by itself: its inputs are the operands as they lie in memory, its outputs what it defines.
+    """
+
+    name: str
+    cascade: Cascade
+    stream: None = None
+    stages: tuple[()] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan(_Standalone):
     """An iterative block whose steps are a plan of their own, run one after the other.
 
     `cascade` is the block by itself. `step`, whose plan is `body`, computes the next value of every state, and the stop condition as
@@ -162,14 +169,6 @@ class LoopPlan:
     body: Plan
     stream: None = None
     stages: tuple[()] = ()
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return tuple(t.name for t in self.cascade.inputs)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return tuple(o.name for o in self.cascade.outputs)
 
 
 Step: TypeAlias = "KernelPlan | LibraryPlan | LoopPlan"
