@@ -82,7 +82,7 @@ def default_options(program: TileProgram, target: Target) -> KernelOptions:
     fixed = sum(4 * _elements(program, ranks) for name, (ranks, _) in tiles.items() if name in _operands(dots) and name not in _inside(program))
     room = STAGED * target.limit("shared_memory", 1 << 16) - fixed / 2
     stages = max(1, min(3, int(room // streamed))) if streamed else 1
-    return KernelOptions(warps=warps, stages=stages)
+    return KernelOptions(warps=warps, stages=stages, precision="tf32x3" if "tf32" in target.features else "ieee")
 
 
 def complete(schedule: Schedule, default: Schedule) -> Schedule:

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...ir.check_tiles import uses
-from ...ir.expr import Const, Expr, Extent, Masked, Read, Tile, substitute, walk
+from ...ir.expr import Const, Expr, Extent, Masked, Op, Read, Tile, substitute, walk
 from ...ir.infer import expression_ranks
-from ...ir.tile import Bounds, Dot, Loop, LoopState, Map, Node, TileProgram, kernel_tiles
+from ...ir.tile import Bounds, Dot, Loop, LoopState, Map, Node, Reduce, TileProgram, kernel_tiles
 from .axes import nodes_of
 
 WHOLE = 256  # elements that are held at once
@@ -29,11 +29,11 @@ def block_contractions(program: TileProgram, blocks: Mapping[str, int]) -> TileP
     """`program` with deep products in blocks; `blocks` gives the elements a block by the name of the product, else the default."""
     for rank in program.resident:
         size = program.static_size(rank) or 0
-        dots = [n for n in nodes_of(program.body) if isinstance(n, Dot) and n.over == (rank,)]
-        wanted = {blocks[n.dst] for n in dots if n.dst in blocks}
+        sums = [n for n in nodes_of(program.body) if isinstance(n, (Dot, Reduce)) and n.over == (rank,)]
+        wanted = {blocks[n.dst] for n in sums if n.dst in blocks}
         if not wanted and size <= WHOLE:
             continue
-        inlined = _operands(program, rank, dots)
+        inlined = _operands(program, rank, sums)
         if inlined is None:
             continue
         tile = min(wanted, default=BLOCK)
@@ -42,14 +42,14 @@ def block_contractions(program: TileProgram, blocks: Mapping[str, int]) -> TileP
     return program
 
 
-def _operands(program: TileProgram, rank: str, dots: list[Dot]) -> dict[Expr, Expr] | None:
-    """What each tile over the rank is made of, if nothing but these products reads them and they can be made block by block."""
+def _operands(program: TileProgram, rank: str, sums: list[Dot | Reduce]) -> dict[Expr, Expr] | None:
+    """What each tile over the rank is made of, if nothing but these sums reads them and they can be made block by block."""
     tiles = kernel_tiles(program.body)
     over = {name for name, (ranks, _) in tiles.items() if rank in ranks}
     made = {n.dst: n for n in nodes_of(program.body) if isinstance(n, Map) and n.dst in over}
-    if set(made) != over or not dots:
+    if set(made) != over or not any(isinstance(n, Dot) for n in sums) or any(isinstance(n, Reduce) and n.op != "sum" for n in sums):
         return None
-    names = {dot.dst for dot in dots} | set(made)
+    names = {n.dst for n in sums} | set(made)
     for use in uses(program):
         mentions = rank in expression_ranks(use.expr, {name: ranks for name, (ranks, _) in tiles.items()})
         if mentions and use.node not in names:
@@ -62,10 +62,17 @@ def _operands(program: TileProgram, rank: str, dots: list[Dot]) -> dict[Expr, Ex
 
 def _blocked(nodes: tuple[Node, ...], rank: str, tile: int, inlined: dict[Expr, Expr]) -> tuple[Node, ...]:
     result: list[Node] = []
+    whole = Bounds(Const(0), Const(0), Extent(rank), Extent(rank))
     for node in nodes:
         match node:
             case Map(dst=dst) if Tile(dst) in inlined:
                 continue
+            case Reduce(over=(over,)) if over == rank:
+                total, part = f"{node.dst}_sum", f"{node.dst}_part"
+                inner_sum = replace(node, dst=part, expr=Masked(substitute(node.expr, inlined), Const(0.0)))
+                sum_state = LoopState(total, node.ranks, Const(0.0), Op("add", (Tile(total), Tile(part))), node.dtype)
+                result.append(Loop(rank, tile, (), whole, (sum_state,), (inner_sum,)))
+                result.append(Map(node.dst, node.ranks, Tile(total), node.dtype, node.note))
             case Dot(over=(over,)) if over == rank:
                 total = f"{node.dst}_sum"
                 inner = replace(
@@ -77,7 +84,6 @@ def _blocked(nodes: tuple[Node, ...], rank: str, tile: int, inlined: dict[Expr, 
                     post=None,
                 )
                 state = LoopState(total, node.ranks, Const(0.0) if node.update is None else node.update, Tile(inner.dst))
-                whole = Bounds(Const(0), Const(0), Extent(rank), Extent(rank))
                 result.append(Loop(rank, tile, (), whole, (state,), (inner,)))
                 value: Expr = Tile(total) if node.post is None else substitute(node.post, {Tile(node.dst): Tile(total)})
                 result.append(Map(node.dst, node.ranks, value, note=node.note))

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from ...ir.expr import Const, Expr, Op, Read, Tile
 from ...ir.infer import expression_ranks
-from ...ir.types import DType, bf16, f32
+from ...ir.types import DType, bf16, f16, f32
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,12 @@ def is_plain(e: Expr) -> bool:
 def contraction_type(e: Expr, types: Mapping[str, DType]) -> DType:
     """The type to which the operands may be rounded: the narrowest float among the tensors that are factors of the summand itself.
 
-    f32 if the summand says `exact`, or where no unit multiplies the narrow type.
+    f32 if the summand says `exact`. A target without a unit for the type multiplies in f32.
     """
     if _is_exact(e):
         return f32
     narrow = [types[f.tensor] for f in factors(e) if isinstance(f, Read) and f.tensor in types]
-    return bf16 if any(t == bf16 for t in narrow) else f32
+    return bf16 if bf16 in narrow else f16 if f16 in narrow else f32
 
 
 def _is_exact(e: Expr) -> bool:

@@ -1,0 +1,51 @@
+"""A schedule made smaller where the target has no room for a kernel of it.
+
+What a kernel takes is known when it was compiled. The default schedule is then made smaller in the kernel that was refused, a little at
+a time, until there is room: fewer tiles in flight, then half of the longest tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+from ..ir.errors import ScheduleError
+from ..ir.tile import Loop, Node, TileProgram
+from .gpu import options_of
+from .schedule import Schedule
+from .target import Target
+
+SHORTEST = 16  # of a tile that is halved to
+
+T = TypeVar("T")
+
+
+class TooLarge(ScheduleError):
+    """A kernel takes more of something than its target has."""
+
+    def __init__(self, what: str, *, kernel: str, hint: str) -> None:
+        self.kernel = kernel
+        super().__init__(what, hint=hint)
+
+
+def smaller(schedule: Schedule, program: TileProgram, target: Target) -> Schedule | None:
+    """`schedule` with fewer tiles in flight in the kernel of `program`, else with half of its longest tile; None where nothing is left."""
+    options = options_of(program, schedule, target)
+    if options.stages > 1 and any(isinstance(node, Loop) for node in program.body):
+        return replace(schedule, kernel=_with(schedule.kernel, program.name, replace(options, stages=options.stages - 1)))
+    tiles = {axis.rank: axis.tile for axis in program.grid}
+    for loop in _loops(program.body):
+        tiles[loop.rank] = max(loop.tile, tiles.get(loop.rank, 1))
+    longest = max(tiles, key=lambda rank: tiles[rank], default=None)
+    if longest is None or tiles[longest] <= SHORTEST:
+        return None
+    return replace(schedule, tile=_with(schedule.tile, f"{program.name}.{longest}", tiles[longest] // 2))
+
+
+def _loops(body: tuple[Node, ...]) -> list[Loop]:
+    found = [node for node in body if isinstance(node, Loop)]
+    return [*found, *(inner for loop in found for inner in _loops(loop.body))]
+
+
+def _with(table: tuple[tuple[str, T], ...], key: str, value: T) -> tuple[tuple[str, T], ...]:
+    return tuple(sorted({**dict(table), key: value}.items(), key=lambda entry: entry[0]))
