@@ -23,6 +23,7 @@ from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedErro
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan
 from ..ir.tile import TileProgram, kernel_tiles
+from ..schedules.fit import TooLarge, smaller
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import DiskCache, key_of, package_fingerprint
@@ -32,6 +33,7 @@ from .store import executable_of, manifest, toolchain
 
 FORMAT = 1  # of the entries; raised when their layout changes
 SOURCE, BINARY = "kernel.py", "kernel"  # and the ending that the backend's files have
+Parts = list[Part | LibraryPart | LoopPart]
 Lookup = Callable[[Cascade, Mapping[str, int], Target], Schedule | None]
 
 
@@ -107,17 +109,30 @@ def _compile(order: Order, schedule: Schedule | None, store: DiskCache) -> Execu
     found = _from_cache(order, key, store)
     if found is not None:
         return found
-    lowered = lower_cascade(order, schedule)
-    parts, names = _parts(order, lowered, store)
+    lowered, parts, names = _built(order, lower_cascade(order, schedule), store, given=schedule is not None)
     executable = Executable(order.cascade, order.target, lowered.schedule, order.sizes, parts, order.strided)
     executable.remember(lowered.plan, lowered.programs)
     store.put("compiled", key, manifest(executable, names), {})
     return executable
 
 
-def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[list[Part | LibraryPart | LoopPart], list[dict[str, Any]]]:
+def _built(order: Order, lowered: Lowered, store: DiskCache, *, given: bool) -> tuple[Lowered, Parts, list[dict[str, Any]]]:
+    """The parts of a plan and their files; a schedule that nobody has given is made smaller until the target has room for every kernel."""
+    while True:
+        try:
+            return lowered, *_parts(order, lowered, store)
+        except TooLarge as error:
+            program = next((p for p in lowered.programs if p.name == error.kernel), None)
+            less = None if given or program is None else smaller(lowered.schedule, program, order.target)
+            if less is None:
+                raise
+            _say(f"{error.what}; a smaller schedule is tried", less.to_json())
+            lowered = lower_plan(order, lowered.plan, less)
+
+
+def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[Parts, list[dict[str, Any]]]:
     """The steps of the plan ready to be called, and where the files of each are."""
-    parts: list[Part | LibraryPart | LoopPart] = []
+    parts: Parts = []
     names: list[dict[str, Any]] = []
     kernels = zip(lowered.programs, lowered.sources, strict=True)
     types = declared_types(lowered.plan.cascade)
@@ -128,8 +143,7 @@ def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[list[Part 
                 names.append({})
             case LoopPlan():
                 inner = replace(order, cascade=step.step)
-                body = lower_plan(inner, step.body, None)
-                inside, files = _parts(inner, body, store)
+                body, inside, files = _built(inner, lower_plan(inner, step.body, None), store, given=False)
                 executable = Executable(inner.cascade, order.target, body.schedule, order.sizes, inside, order.strided, inner=True)
                 executable.remember(body.plan, body.programs)
                 parts.append(LoopPart.of(step, types, executable))

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -135,9 +136,13 @@ def compile_variant(source: Source, signature: Signature, variant: Variant, seco
         "types": signature.types(variant),
         "aligned": sorted(variant.aligned),
         "target": architecture(source.target),
+        "shared": source.target.limit("shared_memory", 1 << 40),
         "options": {"num_warps": signature.warps, "num_stages": signature.stages, "enable_fp_fusion": signature.fusion},
     }
     compiled = WORKERS.compile(job, seconds)
+    if not compiled.files:  # it stopped before the assembler, which alone knows registers
+        shared, warps = int(compiled.metadata["shared"]), int(compiled.metadata["num_warps"])
+        check_resources(Resources(0, 0, 0, shared, warps, warps * source.target.limit("warp", 32)), signature, source.target)
     built = _built(compiled, variant, source.target)
     check_resources(built.resources, signature, source.target)
     return built
@@ -238,7 +243,7 @@ def restore(path: Path, source: Source) -> Artifact:
             builds = Builds(source, [_restored(archive, entry, source) for entry in index["builds"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, NotImplementedError) as error:
         raise _damaged(path, error) from None
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError) as error:  # an encrypted entry is a RuntimeError
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError) as error:  # an encrypted entry is a RuntimeError
         raise _damaged(path, error) from None
     for b in builds.built:
         check_resources(b.resources, builds.signature, source.target)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ...ir.errors import BuildError, ScheduleError
+from ...ir.errors import BuildError
+from ...schedules.fit import TooLarge
 from ...schedules.target import Target
 from .listings import Usage, read_amd_usage, read_assembler_log, read_resource_usage
 from .signature import Signature
@@ -117,7 +118,7 @@ def occupancy(resources: Resources, target: Target) -> Occupancy:
 
 
 def check_resources(resources: Resources, signature: Signature, target: Target) -> None:
-    """Raise `ScheduleError` naming what a block takes more of than the target has. A stack is allowed: it is slow, not wrong."""
+    """Raise `TooLarge` naming what a block takes more of than the target has. A stack is allowed: it is slow, not wrong."""
     tiles = ", ".join(f"{rank} ({tile})" for rank, tile in signature.grid if tile > 1)
     smaller = f"a smaller tile of {tiles}" if tiles else "smaller tiles"
     fewer = f", fewer stages than {signature.stages}" if signature.stages > 1 else ""
@@ -130,7 +131,8 @@ def check_resources(resources: Resources, signature: Signature, target: Target) 
         ("columns of tensor memory", resources.tensor_columns, target.limit("tensor_columns"), smaller),
     ):
         if limit and amount > limit:
-            raise ScheduleError(f"kernel {signature.entry} takes {amount} {what}, and a block of {target.name} has {limit}", hint=hint)
+            text = f"kernel {signature.entry} takes {amount} {what}, and a block of {target.name} has {limit}"
+            raise TooLarge(text, kernel=signature.entry, hint=hint)
 
 
 def _warps_by_registers(resources: Resources, target: Target) -> int:

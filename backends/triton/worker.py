@@ -1,7 +1,9 @@
 """Compiles emitted kernels with Triton, in a process of its own: a program that reads jobs from stdin, a JSON line each.
 
-    {"path", "entry", "types": {parameter: type}, "aligned": [...], "target": [kind, arch, warp], "options": {...}, "folder", "seconds"}
+    {"path", "entry", "types": {parameter: type}, "aligned": [...], "target": [kind, arch, warp], "options": {...},
+     "shared": most bytes, "folder", "seconds"}
     -> {"ok": true, "metadata": {...}, "files": {"ttir": name, "ttgir": ..., "ptx": ..., "cubin": ...}, "log": ..., "triton": version}
+       with no files where it takes more shared memory
     -> {"ok": false, "kind": class, "error": message}
 
 LLVM can end the whole process, a kernel can compile for ever, and Triton decides once a process whether it compiles or interprets:
@@ -17,7 +19,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 GRACE = 10  # seconds that the parent has to end this process before it ends itself
@@ -61,9 +63,12 @@ def compile_kernel(job: Mapping[str, Any]) -> dict[str, Any]:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job["aligned"]},
     )
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):  # the log of the assembler, which knows registers and spills
-        kernel = triton.compile(source, target=GPUTarget(*job["target"]), options=job["options"])
-    files = {}
+    files: dict[str, str] = {}
+    try:
+        with contextlib.redirect_stdout(printed), stopping(job["shared"]):  # the log of the assembler knows registers and spills
+            kernel = triton.compile(source, target=GPUTarget(*job["target"]), options=job["options"])
+    except Stopped as stopped:
+        return {"metadata": plain(stopped.metadata), "files": files, "log": "", "triton": triton.__version__}
     for stage, text in kernel.asm.items():
         if isinstance(text, (str, bytes)):
             files[stage] = f"kernel.{stage}"
@@ -71,6 +76,42 @@ def compile_kernel(job: Mapping[str, Any]) -> dict[str, Any]:
                 out.write(text if isinstance(text, bytes) else text.encode())
     metadata = kernel.metadata._asdict() if hasattr(kernel.metadata, "_asdict") else dict(vars(kernel.metadata))
     return {"metadata": plain(metadata), "files": files, "log": printed.getvalue(), "triton": triton.__version__}
+
+
+class Stopped(Exception):
+    """A kernel takes more shared memory than there is, which is known before the assembler, the slowest of all stages, has begun."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = dict(metadata)
+        super().__init__(f"{self.metadata['shared']} bytes of shared memory")
+
+
+@contextlib.contextmanager
+def stopping(most: int) -> Iterator[None]:
+    """Within it a compilation raises `Stopped` once it is known to take more than `most` bytes of shared memory."""
+    from triton import knobs
+
+    def inspect(*given: Any) -> tuple[str, str] | None:
+        if not given:  # asked for what it adds to the key of Triton's cache
+            return "", ""
+        _, stages, *_ = given
+        name = next(stage for stage in ("ptx", "amdgcn") if stage in stages)
+        go_on = stages[name]
+
+        def assemble(module: Any, metadata: Any) -> Any:
+            if metadata["shared"] > most:
+                raise Stopped(metadata)
+            return go_on(module, metadata)
+
+        stages[name] = assemble
+        return None
+
+    before = knobs.runtime.add_stages_inspection_hook
+    knobs.runtime.add_stages_inspection_hook = inspect
+    try:
+        yield
+    finally:
+        knobs.runtime.add_stages_inspection_hook = before
 
 
 def module_of(path: str) -> Any:

@@ -6,11 +6,14 @@ import json
 import re
 import subprocess
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import einfall as ef
 import pytest
+from cascades import CASES, traced
 from einfall.backends.base import Source
 from einfall.backends.triton import TritonCuda
 from einfall.backends.triton import process as process_module
@@ -21,7 +24,9 @@ from einfall.backends.triton.process import WORKERS, Workers
 from einfall.backends.triton.resources import Resources, check_resources, occupancy
 from einfall.backends.triton.signature import Memory, Parameter, Signature, Variant, signature_of
 from einfall.backends.triton.tools import tool
+from einfall.compiler.driver import compile_cascade
 from einfall.ir.errors import BuildError, EinfallError, ScheduleError
+from einfall.schedules.schedule import KernelOptions
 from einfall.schedules.target import load_target
 
 TARGETS = ("cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942")
@@ -254,6 +259,32 @@ def test_a_file_that_is_no_kernel_is_not_run(line):
         check_emitted(Source.make(f"{text}\n\n{line}\n", "matmul", load_target("cuda:sm_80")))
 
 
+def test_threads_compile_at_once():
+    names = ("one", "two", "three")
+    with ThreadPoolExecutor(2) as threads:
+        artifacts = list(threads.map(lambda name: build(matmul("hip:gfx942", name=name)), names))
+    assert [a.module.full.name for a in artifacts] == list(names)
+
+
+# -- a whole cascade --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_default_schedule_is_made_smaller_until_there_is_room(tmp_path):
+    case = next(c for c in CASES if c.name == "plain")
+    whole = load_target("cuda:sm_80")
+    little = replace(whole, limits=tuple((name, 8192 if name == "shared_memory" else n) for name, n in whole.limits))
+    plain = compile_cascade(traced(case, ef.bf16), sizes=case.sizes, target=whole, cache=tmp_path)
+    assert plain.facts["shared_bytes"] > 8192
+    with pytest.raises(ScheduleError, match="and a block of cuda:sm_80 has 8192"):
+        given = replace(plain.schedule, kernel=(("plain", KernelOptions(warps=4, stages=3)),))
+        compile_cascade(traced(case, ef.bf16), sizes=case.sizes, target=little, schedule=given, cache=tmp_path)
+    little = replace(little, limits=tuple((name, 4096 if name == "shared_memory" else n) for name, n in little.limits))
+    fitting = compile_cascade(traced(case, ef.bf16), sizes=case.sizes, target=little, cache=tmp_path)
+    assert fitting.facts["shared_bytes"] <= 4096 and fitting.schedule != plain.schedule
+    again = compile_cascade(traced(case, ef.bf16), sizes=case.sizes, target=little, cache=tmp_path)
+    assert again.schedule == fitting.schedule and again.facts == fitting.facts
+
+
 # -- what is kept -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -345,8 +376,6 @@ def test_a_kernel_that_takes_too_much_is_not_restored(tmp_path):
 
 
 def test_the_file_of_a_source_is_named_by_its_content(tmp_path):
-    import einfall as ef
-
     with ef.configure(cache=tmp_path):
         path = kernel_file(matmul("cuda:sm_80"))
         assert path.is_relative_to(tmp_path) and path.read_text() == matmul("cuda:sm_80").text
