@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
+from ...ir.check_tiles import nodes
 from ...ir.errors import UnsupportedError
 from ...ir.expr import Bitcast, Cast, Expr, Op, Read, Tile, walk
 from ...ir.infer import expression_ranks
-from ...ir.tile import Dot, Map, Reduce, Scan, Store, TileProgram
+from ...ir.tile import Dot, Map, Reduce, Scan, Store, TileProgram, kernel_tiles
 from ...ir.types import i4
 from ..tvm import script as ts
 from ..tvm.arithmetic import compute_type
@@ -249,8 +251,7 @@ class Body:
         return If(taken if inside is None else Value(f"T.And({inside.text}, {taken.text})", "bool"), body)
 
     def _dot(self, dot: Dot, loops: tuple[Active, ...], out: list[Statement]) -> None:
-        """A product of few rows: multiplied and summed. Raises `UnsupportedError` where tensor cores are called for."""
-        self.check_dot(dot)
+        """A product of few rows: multiplied and summed."""
         self._reduce(as_reduction(dot), loops, out)
         if dot.update is None and dot.post is None:
             return
@@ -262,21 +263,6 @@ class Body:
             v = self.evaluator.bind(v, dot.dst, nest.body)
             v = self.evaluator.value(dot.post, replace(nest.at, values={**nest.at.values, dot.dst: v}), nest.body)
         nest.body.append(self._set(dot.dst, nest.at, v))
-
-    def check_dot(self, dot: Dot) -> None:
-        """Raises `UnsupportedError` for a product of matrices."""
-        left, right = (set(self._tiled((e,))) - set(dot.over) for e in (dot.a, dot.b))
-        rows, columns = 1, 1
-        for rank in left - right:
-            rows *= self.block.spreads[rank].size
-        for rank in right - left:
-            columns *= self.block.spreads[rank].size
-        if min(rows, columns) >= MATRIX:
-            raise UnsupportedError(
-                f"a product of {rows} by {columns} needs tensor cores, which TVM for CUDA does not use here",
-                statement=dot.dst,
-                hint="the Triton emitter: the target without +tvm",
-            )
 
     def _scan(self, scan: Scan, loops: tuple[Active, ...], out: list[Statement]) -> None:
         """Step by step along the rank: the thread's own elements after what comes before them, in this step and in those before."""
@@ -489,6 +475,22 @@ class Body:
         variable = self.names.fresh(wanted)
         out.append(Let(variable, as_int64(v)))
         return Value(variable, "int64")
+
+
+def check_dots(program: TileProgram, block: Block) -> None:
+    """Raises `UnsupportedError` for a product of matrices, which is work for tensor cores."""
+    tiles = {name: ranks for name, (ranks, _) in kernel_tiles(program.body).items()}
+    for dot, _, _ in nodes(program):
+        if not isinstance(dot, Dot):
+            continue
+        left, right = ({r for r in expression_ranks(e, tiles) if r in block.spreads} - set(dot.over) for e in (dot.a, dot.b))
+        rows, columns = (prod(block.spreads[r].size for r in side) for side in (left - right, right - left))
+        if min(rows, columns) >= MATRIX:
+            raise UnsupportedError(
+                f"a product of {rows} by {columns} needs tensor cores, which TVM for CUDA does not use here",
+                statement=dot.dst,
+                hint="the Triton emitter: the target without +tvm",
+            )
 
 
 def _memory_read(step: Step) -> set[str]:

@@ -22,7 +22,7 @@ from ..tvm.prepare import Stream, tile_table, to_steps
 from ..tvm.script import Alloc, Let, Names, Statement, Value, render
 from ..tvm.streams import as_int64
 from ..tvm.tiles import storage_type
-from .body import Body
+from .body import Body, check_dots
 from .evaluate import Registers, ThreadEvaluator
 from .helpers import helpers_c
 from .spread import WARP, Block, Spread, loops_of, spread_tiles, tile_sizes
@@ -44,6 +44,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     memory = Memory(program, names, strided)
     types = {t.name: t.dtype for t in program.inputs}
     block = spread_tiles(program, {**types, **{o.name: o.dtype for o in program.outputs}})
+    check_dots(program, block)
     steps: tuple[Step, ...] = keep_partial(to_steps(program.body))
     steps = read_once(steps, types, tile_sizes(program), lambda ranks: _held(block, ranks) <= SHARED)
     table = tile_table(_common(steps))
@@ -77,7 +78,8 @@ def signature_of_kernel(program: TileProgram, memory: Memory, block: Block) -> S
         parameters.append(Parameter(f"{array.name}_ptr", "pointer", name, f"*{array.dtype}"))
         strides = [(i, s) for i, s in enumerate(array.strides) if s.isidentifier()]
         parameters += [Parameter(s, "stride", name, "i64", i) for i, s in strides]
-    parameters += [Parameter(v.text, "extent", rank, "i64") for rank, v in memory.extents.items() if v.number is None]
+    told = _told(program, memory)
+    parameters += [Parameter(v.text, "extent", rank, "i64") for rank, v in memory.extents.items() if v.text in told]
     parameters += [Parameter(v.text, "scalar", name, kinds[v.dtype]) for name, v in memory.scalars.items()]
     sizes = {d.name: program.static_size(d.name) for d in program.ranks}
     inputs, outputs = memories(program)
@@ -149,11 +151,13 @@ def _places(program: TileProgram, block: Block, names: Names) -> dict[str, RankP
 def _function(body: Body, starts: Mapping[str, Value], task: list[Statement]) -> list[str]:
     """The whole function: parameters, extents, the grid, the thread's digits."""
     program, memory, block = body.program, body.evaluator.memory, body.block
-    lines = ["@T.prim_func(s_tir=True)", f"def {ENTRY}({', '.join(memory.parameters())}):", '    T.func_attr({"tirx.noalias": True})']
+    # an extent that a composed axis tells is an argument as well: TVM would put its formula in its place, which no launcher can fill in
+    told = [let for let in memory.derived if let.name in _told(program, memory)]
+    parameters = [*memory.parameters(), *(f"{let.name}: T.int64" for let in told)]
+    lines = ["@T.prim_func(s_tir=True)", f"def {ENTRY}({', '.join(parameters)}):", '    T.func_attr({"tirx.noalias": True})']
     lines += [f"    {line.replace(', offset_factor=1', '')}" for line in memory.bindings()]
-    lines += render(memory.derived, 1)
     total = ts.integer(1)
-    inner: list[Statement] = []
+    inner: list[Statement] = [let for let in memory.derived if let not in told]
     counts = {}
     for axis in program.grid:
         count = ts.ceil_div(memory.extent(axis.rank), axis.tile)
@@ -173,6 +177,12 @@ def _function(body: Body, starts: Mapping[str, Value], task: list[Statement]) ->
     inner += task
     head = ['    with T.attr(T.int32(0), "pragma_import_c", CU):'] if body.evaluator.helpers else []
     return [*lines, *head, *(line.replace("annotations=STACK", 'scope="local"') for line in render(inner, 1 + len(head)))]
+
+
+def _told(program: TileProgram, memory: Memory) -> set[str]:
+    """The names of the extents that shapes of tensors tell."""
+    ranks = {rank for t in (*program.inputs, *(o.output for o in program.outputs)) for axis in t.axes for rank in axis}
+    return {v.text for rank, v in memory.extents.items() if rank in ranks and v.number is None}
 
 
 def _named_count(body: Body, axis: GridRank, count: Value, out: list[Statement]) -> Value:

@@ -15,6 +15,7 @@ SHIM = r"""#include <math.h>
 #define CUDART_NAN_F NAN
 #define CUDART_INF ((double)INFINITY)
 #define CUDART_NAN ((double)NAN)
+typedef unsigned char uchar;
 typedef _Float16 half;
 struct nv_bfloat16 { uint16_t bits; };
 struct __nv_fp8_e4m3 { uint8_t bits; };
