@@ -243,7 +243,7 @@ def test_settling_by_steps_is_settling_at_once(path):
             samples = [base * rng.choice([0.99, 1.0, 1.0, 1.02, 3.0]) for _ in range(rng.randint(2, 6))]
             final = {"role": "final", "baseline_ms": 1.1} if rng.random() < 0.1 and i > 80 else {}
             db.record(measurement(rng.randint(1, 9), *samples, **final))
-            rows = [Sampled.from_row(row) for row in queries.rows(db._connection, "SELECT * FROM measurement")]
+            rows = [Sampled.from_row(row) for row in queries.rows(db.connection, "SELECT * FROM measurement")]
             choice = choose(rows)
             found = db.ls()
             assert (choice is None) == (found == ())
@@ -348,8 +348,8 @@ def test_a_read_only_file_can_be_read_and_says_why_it_cannot_be_written(unprivil
 def test_a_write_to_a_full_disk_is_an_error_and_loses_nothing(path):
     with Database.open(path, create=True) as db:
         db.record(measurement(8, 1.0, 1.0, 1.0))
-        pages = db._connection.execute("PRAGMA page_count").fetchone()[0]
-        db._connection.execute(f"PRAGMA max_page_count = {pages}")
+        pages = db.connection.execute("PRAGMA page_count").fetchone()[0]
+        db.connection.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(DatabaseError, match="disk is full"):
             for i in range(2000):
                 db.record(measurement(i + 9, *[1.0 + i] * 50))

@@ -41,7 +41,7 @@ class Database:
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
-        self._connection = connection
+        self.connection = connection
         self._written: set[tuple[str, str]] = set()
 
     @staticmethod
@@ -54,7 +54,7 @@ class Database:
 
     def close(self) -> None:
         """Lets go of the file."""
-        self._connection.close()
+        self.connection.close()
 
     def __enter__(self) -> Database:
         return self
@@ -88,17 +88,17 @@ class Database:
         """The winner for these ids, or None if there is none that can be used."""
         with schema.explained(self.path):
             where = "best.workload = ? AND best.device = ? AND best.toolchain = ?"
-            return next(queries.best_records(self._connection, where, (workload, device, toolchain)), None)
+            return next(queries.best_records(self.connection, where, (workload, device, toolchain)), None)
 
     def ls(self) -> tuple[Record, ...]:
         """Every winner, by name and extents."""
         with schema.explained(self.path):
-            return tuple(queries.best_records(self._connection))
+            return tuple(queries.best_records(self.connection))
 
     def show(self, name: str) -> dict[str, Any]:
         """Everything about the one thing that `name`, an id or the beginning of one, stands for; a winner's id is its workload's."""
         with schema.explained(self.path):
-            found = queries.describe(self._connection, name) if name else []
+            found = queries.describe(self.connection, name) if name else []
             if not found:
                 raise DatabaseError(f"nothing in {self.path} has an id that begins with {name!r}", hint="`einfall db ls` lists the ids")
             if len(found) > 1:
@@ -106,21 +106,21 @@ class Database:
                 raise DatabaseError(f"{name!r} is the beginning of several ids: {some}", hint="give more digits")
             row = found[0]
             if row["kind"] == "workload":
-                row["best"] = [r.to_dict() for r in queries.best_records(self._connection, "best.workload = ?", (row["id"],))]
-                row["measurements"] = queries.count_statuses(self._connection, row["id"])
+                row["best"] = [r.to_dict() for r in queries.best_records(self.connection, "best.workload = ?", (row["id"],))]
+                row["measurements"] = queries.count_statuses(self.connection, row["id"])
             if row["kind"] == "measurement" and row["evidence"] is not None:
-                row["evidence"] = queries.one(self._connection, "SELECT * FROM evidence WHERE id = ?", (row["evidence"],))
+                row["evidence"] = queries.one(self.connection, "SELECT * FROM evidence WHERE id = ?", (row["evidence"],))
             return row
 
     def known(self, workload: str, device: str, toolchain: str, policy: str) -> dict[str, Sampled]:
         """What earlier runs found of this key's schedules, failures included, by schedule hash."""
         with schema.explained(self.path):
-            return queries.known_results(self._connection, (workload, device, toolchain, policy))
+            return queries.known_results(self.connection, (workload, device, toolchain, policy))
 
     def evidence(self, name: str) -> Evidence | None:
         """The evidence of that id, or None if it is not there or cannot be used."""
         with schema.explained(self.path):
-            row = queries.one(self._connection, "SELECT * FROM evidence WHERE id = ?", (name,))
+            row = queries.one(self.connection, "SELECT * FROM evidence WHERE id = ?", (name,))
         try:
             return None if row is None else evidence_from_row(row)
         except Invalid:
@@ -129,7 +129,7 @@ class Database:
     def relatives(self, family: str) -> tuple[Record, ...]:
         """Winners of the same family: other extents, devices and toolchains. Seeds for a search, never answers."""
         with schema.explained(self.path):
-            return tuple(queries.best_records(self._connection, "best.family = ?", (family,)))
+            return tuple(queries.best_records(self.connection, "best.family = ?", (family,)))
 
     def rebuild_best(self) -> int:
         """Derives every winner again from the measurements; returns how many there are."""
@@ -139,23 +139,23 @@ class Database:
     def check(self) -> None:
         """Raises `DatabaseError` if SQLite finds the file damaged."""
         with schema.explained(self.path):
-            answer = self._connection.execute("PRAGMA integrity_check").fetchone()[0]
+            answer = self.connection.execute("PRAGMA integrity_check").fetchone()[0]
             if answer != "ok":
                 raise DatabaseError(f"{self.path} is damaged: {answer}", hint="restore it from a copy, or remove it and tune again")
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One write transaction: all of the body is written, or nothing if it raises."""
-        with schema.explained(self.path), schema.immediate(self._connection):
-            yield self._connection
+        with schema.explained(self.path), schema.immediate(self.connection):
+            yield self.connection
 
     def read(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query."""
         with schema.explained(self.path):
-            return self._connection.execute(sql, tuple(parameters)).fetchall()
+            return self.connection.execute(sql, tuple(parameters)).fetchall()
 
     def _contested(self, m: Measurement, row: tuple[Any, ...]) -> choice.Key | None:
         """The key of a measurement that was just added, if it may change who is best there."""
         key: choice.Key = row[1:5]
         sampled = Sampled(row[0], row[5], m.status, m.reason, m.role, m.samples_ms, m.baseline_ms, row[7], m.basis)
-        return key if choice.may_win(self._connection, key, sampled) else None
+        return key if choice.may_win(self.connection, key, sampled) else None

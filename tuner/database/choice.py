@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sqlite3
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from .queries import one
-from .records import Invalid, Sampled, bucket_text, evidence_from_row, parse_schedule, parse_workload
+from .records import Invalid, Sampled, bucket_text, parse_schedule, parse_workload
 from .rows import EVIDENCE, MEASUREMENT, POLICY
 
 MIN_SAMPLES = 3  # one sample is off its median by up to 6 %
@@ -23,19 +23,11 @@ MAX_TIE = 0.02  # noise never makes a schedule win that is slower by more than t
 Key: TypeAlias = tuple[str, str, str, str]
 
 _OF_KEY = "workload = ? AND device = ? AND toolchain = ? AND policy = ?"
-_USABLE = (
-    f"FROM measurement AS m JOIN evidence AS e ON e.id = m.evidence AND e.largest_error <= e.tolerance WHERE {_OF_KEY} "
-    f"AND status = 'ok' AND basis = 'measured' AND samples >= {MIN_SAMPLES}"
-)
-_FINAL = "role = 'final' AND baseline_ms IS NOT NULL"
-# The median of pooled samples lies between the smallest and the largest median of what was pooled. A schedule can only win or tie if its
-# smallest is not above the smallest of the largest ones; so all but a few rows need not be read.
-_NEAR = """
-WITH usable AS (SELECT m.id AS id, schedule, median_ms{scale} AS x {usable}),
-    span AS (SELECT schedule, min(x) AS low, max(x) AS high FROM usable GROUP BY schedule),
-    near AS (SELECT schedule FROM span WHERE low <= (SELECT min(high) FROM span) * {margin})
-SELECT {columns} FROM measurement AS m JOIN usable ON usable.id = m.id WHERE m.schedule IN near
-"""
+_USABLE = f"status = 'ok' AND basis = 'measured' AND samples >= {MIN_SAMPLES}"
+_CANDIDATES = f"SELECT number, schedule, role, median_ms, baseline_ms FROM measurement WHERE {_OF_KEY} AND {_USABLE} AND role {{}}"
+_ANY_ROLE = "IN ('final', 'trial')"
+_EVIDENCE = f"SELECT {', '.join(EVIDENCE.names)} FROM evidence WHERE id = ?"
+_BATCH = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +136,7 @@ def settle(connection: sqlite3.Connection, key: Key) -> bool:
 def may_win(connection: sqlite3.Connection, key: Key, m: Sampled) -> bool:
     """Whether a measurement that was just added could change the winner: most trials of a search are plainly slower.
 
-    It cannot if it is the only one of its schedule and further from the winner than a tie may be.
+    It cannot if no measurement of its schedule comes as near to the winner as a tie may be.
     """
     if not is_usable(m):
         return False
@@ -156,8 +148,9 @@ def may_win(connection: sqlite3.Connection, key: Key, m: Sampled) -> bool:
         return False  # finals outrank trials
     if statistics.median(m.samples_ms) <= current[0] * (1 + MAX_TIE):
         return True
-    others = f"SELECT count(*) FROM (SELECT 1 FROM measurement WHERE {_OF_KEY} AND schedule = ? LIMIT 2)"
-    return bool(connection.execute(others, (*key, m.schedule_id)).fetchone()[0] > 1)
+    lowest = f"SELECT min(median_ms) FROM measurement WHERE {_OF_KEY} AND schedule = ? AND {_USABLE} AND role {_ANY_ROLE}"
+    found = connection.execute(lowest, (*key, m.schedule_id)).fetchone()[0]
+    return not isinstance(found, float) or found <= current[0] * (1 + MAX_TIE)
 
 
 def best_row(connection: sqlite3.Connection, key: Key) -> dict[str, Any] | None:
@@ -189,63 +182,88 @@ def best_row(connection: sqlite3.Connection, key: Key) -> dict[str, Any] | None:
 
 
 def _choose_valid(connection: sqlite3.Connection, key: Key) -> tuple[Choice, str] | None:
-    """The choice among rows that can be used, with the winner's schedule."""
-    near, complete = _read(connection, key, only_near=True)
-    if not complete:  # a row that cannot be used may have hidden others: look at all
-        near, _ = _read(connection, key, only_near=False)
-    dropped: set[str] = set()
+    """The choice among the rows that can be used, with the winner's schedule.
+
+    The median of pooled samples lies between the smallest and the largest median of what was pooled. A schedule can only win or tie if
+    its smallest is not above the smallest of the largest ones: all but a few rows need not be read. Where one that was read cannot be
+    used, what it may have hidden is looked at in the next round.
+    """
+    finals = connection.execute(_CANDIDATES.format("= 'final' AND baseline_ms IS NOT NULL"), key).fetchall()
+    return _choose_among(connection, finals) or _choose_among(connection, connection.execute(_CANDIDATES.format(_ANY_ROLE), key).fetchall())
+
+
+def _choose_among(connection: sqlite3.Connection, found: list[tuple[Any, ...]]) -> tuple[Choice, str] | None:
+    candidates = [Candidate(*row) for row in found if _has_times(row)]
+    read: dict[int, Sampled | None] = {}
     while True:
-        choice = choose(m for m in near if m.schedule_id not in dropped)
+        near = _near([c for c in candidates if read.get(c.number, c) is not None])
+        fresh = [c.number for c in near if c.number not in read]
+        read.update(_read(connection, fresh))
+        if any(read[number] is None for number in fresh):
+            continue
+        choice = choose(m for c in near if (m := read[c.number]) is not None)
         if choice is None:
             return None
         text = connection.execute("SELECT json FROM schedule WHERE id = ?", (choice.schedule_id,)).fetchone()
         try:
             parse_schedule(None if text is None else text[0], choice.schedule_id)
         except Invalid:
-            if not dropped:
-                near, _ = _read(connection, key, only_near=False)
-            dropped.add(choice.schedule_id)
+            read.update({c.number: None for c in candidates if c.schedule == choice.schedule_id})
             continue
         return choice, text[0]
 
 
-def _read(connection: sqlite3.Connection, key: Key, *, only_near: bool) -> tuple[list[Sampled], bool]:
-    """The usable measurements of a key, all or those that can win or tie; and whether each row read could be used."""
-    if only_near:
-        finals = connection.execute(f"SELECT 1 {_USABLE} AND {_FINAL} LIMIT 1", key).fetchone() is not None
-        sql = _NEAR.format(
-            scale=" / baseline_ms" if finals else "",
-            usable=_USABLE + (f" AND {_FINAL}" if finals else ""),
-            margin=1 + 2 * MAX_TIE,
-            columns=", ".join(f"m.{name}" for name in MEASUREMENT.names),
-        )
-    else:
-        sql = f"SELECT {', '.join(f'm.{name}' for name in MEASUREMENT.names)} {_USABLE}"
-    found = connection.execute(sql, key).fetchall()
-    usable = []
+class Candidate(NamedTuple):
+    """What is read of every measurement of a key."""
+
+    number: int
+    schedule: str
+    role: str
+    median_ms: float
+    baseline_ms: float | None
+
+
+def _has_times(row: tuple[Any, ...]) -> bool:
+    return isinstance(row[3], float) and row[3] > 0 and (row[4] is None or (isinstance(row[4], float) and row[4] > 0))
+
+
+def _near(candidates: list[Candidate]) -> list[Candidate]:
+    """Those that can win or tie, and all others of their schedules."""
+    finals = [c for c in candidates if c.role == "final" and c.baseline_ms is not None]
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+    for c in finals or candidates:
+        x = c.median_ms / (c.baseline_ms or 1.0) if finals else c.median_ms
+        low[c.schedule] = min(x, low.get(c.schedule, x))
+        high[c.schedule] = max(x, high.get(c.schedule, x))
+    limit = min(high.values(), default=0.0) * (1 + 2 * MAX_TIE)
+    return [c for c in finals or candidates if low[c.schedule] <= limit]
+
+
+def _read(connection: sqlite3.Connection, numbers: list[int]) -> Iterator[tuple[int, Sampled | None]]:
+    """The measurements of these numbers, None for each that cannot be used."""
+    yield from ((number, None) for number in numbers)
+    columns = ", ".join(("number", *MEASUREMENT.names))
     proven: dict[str | None, bool] = {}
-    for row in MEASUREMENT.verified(found):
-        try:
-            m = Sampled.from_row(dict(zip(MEASUREMENT.names, row, strict=True)))
-        except Invalid:
-            continue
-        if m.evidence not in proven:
-            proven[m.evidence] = has_evidence(connection, m.evidence)
-        if proven[m.evidence]:
-            usable.append(m)
-    return usable, len(usable) == len(found)
+    for begin in range(0, len(numbers), _BATCH):
+        asked = ", ".join(map(str, numbers[begin : begin + _BATCH]))
+        for number, *row in connection.execute(f"SELECT {columns} FROM measurement WHERE number IN ({asked})").fetchall():
+            if not MEASUREMENT.is_named_right(row[0], row[1:]):
+                continue
+            try:
+                m = Sampled.from_row(dict(zip(MEASUREMENT.names, row, strict=True)))
+            except Invalid:
+                continue
+            if m.evidence not in proven:
+                proven[m.evidence] = has_evidence(connection, m.evidence)
+            if proven[m.evidence]:
+                yield number, m
 
 
 def has_evidence(connection: sqlite3.Connection, name: str | None) -> bool:
     """Whether that evidence is there, hashes to its name, and found no error above its tolerance."""
-    row = None if name is None else one(connection, "SELECT * FROM evidence WHERE id = ?", (name,))
-    if row is None or not EVIDENCE.is_named_right(row["id"], [row[column] for column in EVIDENCE.names[1:]]):
-        return False
-    try:
-        evidence = evidence_from_row(row)
-    except Invalid:
-        return False
-    return evidence.largest_error <= evidence.tolerance
+    row = None if name is None else connection.execute(_EVIDENCE, (name,)).fetchone()
+    return row is not None and EVIDENCE.is_named_right(row[0], row[1:]) and bool(row[-1] <= row[-2])
 
 
 def rebuild(connection: sqlite3.Connection) -> int:

@@ -46,16 +46,17 @@ CREATE INDEX best_lookup ON best (family, extents, device, toolchain, preference
 
 _SECOND_SCHEMA = """
 CREATE TABLE workload (id TEXT PRIMARY KEY, family TEXT NOT NULL, cascade TEXT NOT NULL, layout TEXT NOT NULL, alignment INTEGER NOT
-    NULL, extents TEXT NOT NULL);
+    NULL, extents TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE device (id TEXT PRIMARY KEY, vendor TEXT NOT NULL, model TEXT NOT NULL, arch TEXT NOT NULL, units INTEGER NOT NULL,
-    power_cap_w REAL);
+    power_cap_w REAL) WITHOUT ROWID;
 CREATE TABLE toolchain (id TEXT PRIMARY KEY, version TEXT NOT NULL, abi INTEGER NOT NULL, backend TEXT NOT NULL, compiler TEXT NOT
-    NULL);
-CREATE TABLE policy (id TEXT PRIMARY KEY, mode TEXT NOT NULL, cache TEXT NOT NULL, timer TEXT NOT NULL, method INTEGER NOT NULL);
-CREATE TABLE schedule (id TEXT PRIMARY KEY, json TEXT NOT NULL);
-CREATE TABLE code (id TEXT PRIMARY KEY, source TEXT NOT NULL, backend TEXT NOT NULL, facts TEXT NOT NULL);
+    NULL) WITHOUT ROWID;
+CREATE TABLE policy (id TEXT PRIMARY KEY, mode TEXT NOT NULL, cache TEXT NOT NULL, timer TEXT NOT NULL, method INTEGER NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE schedule (id TEXT PRIMARY KEY, json TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE code (id TEXT PRIMARY KEY, source TEXT NOT NULL, backend TEXT NOT NULL, facts TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE evidence (id TEXT PRIMARY KEY, oracle TEXT NOT NULL, seeds TEXT NOT NULL, distributions TEXT NOT NULL, shapes TEXT NOT
-    NULL, tolerance REAL NOT NULL, largest_error REAL NOT NULL);
+    NULL, tolerance REAL NOT NULL, largest_error REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE measurement (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, workload TEXT NOT NULL REFERENCES
     workload(id), device TEXT NOT NULL REFERENCES device(id), toolchain TEXT NOT NULL REFERENCES toolchain(id), policy TEXT NOT NULL
     REFERENCES policy(id), schedule TEXT NOT NULL REFERENCES schedule(id), code TEXT REFERENCES code(id), evidence TEXT REFERENCES
@@ -65,9 +66,9 @@ CREATE TABLE measurement (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT 
 CREATE TABLE best (workload TEXT NOT NULL, device TEXT NOT NULL, toolchain TEXT NOT NULL, policy TEXT NOT NULL, family TEXT NOT NULL,
     extents TEXT NOT NULL, bucket TEXT NOT NULL, preference INTEGER NOT NULL, schedule TEXT NOT NULL, schedule_json TEXT NOT NULL,
     measurement TEXT NOT NULL, median_ms REAL NOT NULL, relative REAL, samples INTEGER NOT NULL,
-    PRIMARY KEY (workload, device, toolchain, policy));
+    PRIMARY KEY (workload, device, toolchain, policy)) WITHOUT ROWID;
 CREATE INDEX best_lookup ON best (family, extents, device, toolchain, preference);
-CREATE INDEX measurement_key ON measurement (workload, device, toolchain, policy, schedule);
+CREATE INDEX measurement_key ON measurement (workload, role, schedule);
 CREATE TABLE transfer (number INTEGER PRIMARY KEY, kind TEXT NOT NULL, place TEXT NOT NULL, content TEXT NOT NULL,
     first INTEGER NOT NULL, last INTEGER NOT NULL, event TEXT NOT NULL);
 CREATE TABLE lease (work TEXT PRIMARY KEY, holder TEXT NOT NULL, beat INTEGER NOT NULL, deaths INTEGER NOT NULL, state TEXT NOT NULL);

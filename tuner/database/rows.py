@@ -21,6 +21,7 @@ Kind = Literal["text", "whole", "real", "text?", "real?"]
 
 MAX_TEXT = 1 << 20
 MAX_ROW = 1 << 22
+MAX_WHOLE = 1 << 63
 _TYPES: Mapping[Kind, tuple[type, ...]] = {
     "text": (str,), "whole": (int,), "real": (float,), "text?": (str, type(None)), "real?": (float, type(None)),
 }  # fmt: skip
@@ -66,32 +67,32 @@ def _name_of_schedule(values: Values) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of content: `columns` without the id, in the order in which they are hashed."""
+    """A table of content: `columns` without the id, in the order in which they are hashed; `names` has the id before them."""
 
     name: str
     columns: tuple[tuple[str, Kind], ...]
     name_of: Callable[[Values], str] = _name_of_values
+    names: tuple[str, ...] = field(init=False)
     _types: frozenset[tuple[type, ...]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names", ("id", *(name for name, _ in self.columns)))
         object.__setattr__(self, "_types", frozenset(product(*(_TYPES[kind] for _, kind in self.columns))))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the columns, the id first."""
-        return ("id", *(name for name, _ in self.columns))
 
     def has_types(self, values: Values) -> bool:
         """Whether every value has the type of its column."""
         return tuple(map(type, values)) in self._types
 
     def is_named_right(self, name: object, values: Values) -> bool:
-        """Whether `values` have the right types, are of bounded size and hash to `name`."""
-        if not self.has_types(values) or sum(len(v) for v in values if v.__class__ is str) > MAX_ROW:
+        """Whether `values` have the right types, are of bounded size and hash to `name`: whoever they come from, they can be stored."""
+        if not self.has_types(values):
             return False
+        text = "".join([v for v in values if v.__class__ is str])
         try:
-            return self.name_of(values) == name
-        except ValueError:
+            if len(text) > MAX_ROW or (not text.isascii() and not text.encode()):
+                return False
+            return all(-MAX_WHOLE <= v < MAX_WHOLE for v in values if v.__class__ is int) and self.name_of(values) == name
+        except ValueError:  # a surrogate that UTF-8 has no bytes for
             return False
 
     def row(self, values: Mapping[str, Value]) -> tuple[Any, ...]:
