@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import einfall as ef
 import torch
@@ -36,3 +37,12 @@ def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor,
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     weights = torch.softmax((q @ k.mT * scale).masked_fill(~seen, -torch.inf), dim=-1)
     return weights.masked_fill(~seen, 0.0) @ v
+
+
+def moved(kernel: ef.Kernel, dims: Mapping[str, int]) -> tuple[float, float, float]:
+    """What `explain` says of a call in bf16: megabytes of keys and values at the least and as planned, operations per byte."""
+    types = {t.name: {"L": "i32", "tree": "bool"}.get(t.name, "bf16") for t in kernel.cascade.inputs}
+    data = kernel.explain(dims=dims, dtypes=types, show=False).to_dict()
+    planned = [tensor for k in data["kernels"] for tensor in k["traffic"]]
+    least, whole = (sum(t["bytes"] for t in traffic if t["tensor"][0] in "KV") / 1e6 for traffic in (data["traffic"], planned))
+    return least, whole, data["intensity"]

@@ -12,7 +12,7 @@ if not __package__:  # run as a script: the folder above holds the package `cook
 import einfall as ef
 import torch
 
-from cookbook.attention.common import attend, eager, merge
+from cookbook.attention.common import attend, eager, merge, moved
 from cookbook.recipe import Recipe, Step, serve
 
 
@@ -71,16 +71,6 @@ HEADS = {"g": 8, "r": 4, "e": 128, "f": 128}
 PREFIX, SUFFIX = 4096, 256
 
 
-def report(kernel, batch, **sizes):
-    """What `explain` says of a decode step in bf16: megabytes of keys and values at the least and as planned, operations per byte."""
-    dims = {"b": batch, "m": 1, **HEADS, **sizes}
-    types = {t.name: "i32" if t.name == "L" else "bf16" for t in kernel.cascade.inputs}
-    data = kernel.explain(dims=dims, dtypes=types, show=False).to_dict()
-    planned = [moved for k in data["kernels"] for moved in k["traffic"]]
-    least, whole = (sum(t["bytes"] for t in traffic if t["tensor"][0] in "KV") / 1e6 for traffic in (data["traffic"], planned))
-    return least, whole, data["intensity"]
-
-
 def show(out: Path) -> list[str]:
     """Bytes of keys and values that a decode step moves, with and without sharing, by the size of the batch."""
     lines = [
@@ -88,9 +78,10 @@ def show(out: Path) -> list[str]:
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for batch in BATCHES:
-        copied, _, before = report(unshared, batch, p=PREFIX + SUFFIX)
-        shared, one, after = report(hydragen, batch, s=PREFIX, t=SUFFIX)
-        _, two, _ = report(decomposed, batch, s=PREFIX, t=SUFFIX)
+        step = {"b": batch, "m": 1, **HEADS}
+        copied, _, before = moved(unshared, {**step, "p": PREFIX + SUFFIX})
+        shared, one, after = moved(hydragen, {**step, "s": PREFIX, "t": SUFFIX})
+        _, two, _ = moved(decomposed, {**step, "s": PREFIX, "t": SUFFIX})
         lines.append(
             f"| {batch} | {copied:.1f} | {shared:.1f} | {copied / shared:.1f} x | {one:.1f} | {two:.1f} | {before:.1f} | {after:.1f} |"
         )

@@ -13,7 +13,7 @@ import einfall as ef
 import torch
 from matplotlib.figure import Figure
 
-from cookbook.attention.common import attend, eager, merge
+from cookbook.attention.common import attend, eager, merge, moved
 from cookbook.attention.hydragen import HEADS, PREFIX, SUFFIX, unshared
 from cookbook.recipe import Recipe, Step, serve
 
@@ -147,22 +147,15 @@ def draw(path_out: Path) -> None:
     figure.savefig(path_out, dpi=130)
 
 
-def plan(kernel, **sizes):
-    """Bytes of keys and values that a kernel's plan moves, and its operations per byte of the least traffic, in bf16."""
-    types = {t.name: {"L": "i32", "tree": "bool"}.get(t.name, "bf16") for t in kernel.cascade.inputs}
-    data = kernel.explain(dims={**HEADS, "m": NODES, **sizes}, dtypes=types, show=False).to_dict()
-    moved = sum(t["bytes"] for k in data["kernels"] for t in k["traffic"] if t["tensor"][0] in "KV")
-    return moved, data["intensity"]
-
-
 def show(out: Path) -> list[str]:
     """Draws the mask; then the bytes of keys and values of one verification, with and without sharing, by the size of the batch."""
     draw(out / "tree_shared_prefix.png")
     lines = ["| requests | copied, MB | shared, MB | less by | operations a byte, copied | shared |", "|---:|---:|---:|---:|---:|---:|"]
     for batch in BATCHES:
-        copied, before = plan(unshared, b=batch, p=PREFIX + SUFFIX + NODES)
-        shared, after = plan(verify, b=batch, s=PREFIX, t=SUFFIX, k=NODES)
-        lines.append(f"| {batch} | {copied / 1e6:.1f} | {shared / 1e6:.1f} | {copied / shared:.1f} x | {before:.0f} | {after:.0f} |")
+        step = {"b": batch, "m": NODES, **HEADS}
+        _, copied, before = moved(unshared, {**step, "p": PREFIX + SUFFIX + NODES})
+        _, shared, after = moved(verify, {**step, "s": PREFIX, "t": SUFFIX, "k": NODES})
+        lines.append(f"| {batch} | {copied:.1f} | {shared:.1f} | {copied / shared:.1f} x | {before:.0f} | {after:.0f} |")
     return lines
 
 

@@ -60,10 +60,6 @@ def share_oracle(entropy, variance, tau1, tau2):
 
 
 # --- inputs and figure ----------------------------------------------------------------------------------------------------------------
-def prompt(g, n):
-    return common.prompt(g, n, "w")
-
-
 def layers(g, n):
     """Entropies and variances as large as those of real windows: sums over heads, queries and tokens."""
     return 1 + 200 * torch.rand(n["l"], n["b"], generator=g), 1e-3 + torch.rand(n["l"], n["b"], generator=g)
@@ -73,7 +69,7 @@ def show(folder):
     n = {**RECIPE.steps[0].sizes, "b": 1, "g": 1, "p": 512, "w": 32, "f": 64}
     prompts, spread, change, scores = [], [], [], []
     for layer, sharpness in enumerate((0.25, 0.5, 1.0, 1.5)):
-        Q, K, V = prompt(torch.Generator().manual_seed(layer), n)
+        Q, K, V = common.window(torch.Generator().manual_seed(layer), n)
         S, H, X = window(Q * sharpness, K, gamma=200.0)
         prompts.append((Q * sharpness, K, V))
         spread, change, scores = [*spread, H], [*change, X], [*scores, S]
@@ -104,9 +100,7 @@ RECIPE = Recipe(
             name="window",
             kernel=window,
             oracle=window_oracle,
-            inputs=lambda g, n: prompt(g, {**n, "f": 1})[:2],
-            sizes={"b": 1, "g": 4, "r": 2, "w": 32, "p": 512, "e": 64},
-            ranges={"b": (1, 2), "g": (1, 3), "r": (1, 3), "w": (1, 37), "p": (1, 131), "e": (1, 33)},
+            **common.SCORED,
             scalars={"gamma": 5.0},
             static={"pool": 5},
             tolerance=5e-5,

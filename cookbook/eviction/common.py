@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import einfall as ef
 import torch
@@ -42,6 +43,19 @@ def prompt(g: torch.Generator, n: Mapping[str, int], m: str) -> tuple[torch.Tens
     query = torch.randn(b, heads, groups, n[m], e, generator=g) + topic[:, :, None]
     query[..., max(0, n[m] - p) :, :] += drift[:, :, None, max(0, p - n[m]) :]
     return query.flatten(1, 2), key, torch.randn(b, heads, p, n["f"], generator=g)
+
+
+def window(g: torch.Generator, n: Mapping[str, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same with the last w queries alone."""
+    return prompt(g, n, "w")
+
+
+# What a step that scores tokens by a window of queries is tried on: queries and keys.
+SCORED: Mapping[str, Any] = {
+    "inputs": lambda g, n: window(g, {**n, "f": 1})[:2],
+    "sizes": {"b": 1, "g": 4, "r": 2, "w": 32, "p": 512, "e": 64},
+    "ranges": {"b": (1, 2), "g": (1, 3), "r": (1, 3), "w": (1, 37), "p": (1, 131), "e": (1, 33)},
+}
 
 
 def without_ties(

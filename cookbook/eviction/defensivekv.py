@@ -82,7 +82,7 @@ def keep_oracle(score, attention, k, v, reach, budget, window):
 # --- inputs and figure ----------------------------------------------------------------------------------------------------------------
 def prompt(g, n):
     projection = torch.randn(n["g"] * n["r"], n["f"], n["d"], generator=g)
-    return *common.prompt(g, n, "w"), projection
+    return *common.window(g, n), projection
 
 
 def scored(g, n):

@@ -63,13 +63,9 @@ def snapkv_oracle(q, k, v, pool, budget):
 
 
 # --- inputs and figure ----------------------------------------------------------------------------------------------------------------
-def prompt(g, n):
-    return common.prompt(g, n, "w")
-
-
 def show(folder):
     n = {**RECIPE.steps[0].sizes, "b": 1, "g": 2, "p": 512, "w": 32, "f": 64}
-    Q, K, V = prompt(torch.Generator().manual_seed(0), n)
+    Q, K, V = common.window(torch.Generator().manual_seed(0), n)
     later = Q.unflatten(1, (n["g"], n["r"]))[..., -1, :]
     lines = ["| pooled over | budget | runs of neighbours kept | error of the next output |", "|---|---|---|---|"]
     for pool in (1, 5, 9):
@@ -94,16 +90,14 @@ RECIPE = Recipe(
             name="score",
             kernel=score,
             oracle=score_oracle,
-            inputs=lambda g, n: prompt(g, {**n, "f": 1})[:2],
-            sizes={"b": 1, "g": 4, "r": 2, "w": 32, "p": 512, "e": 64},
-            ranges={"b": (1, 2), "g": (1, 3), "r": (1, 3), "w": (1, 37), "p": (1, 131), "e": (1, 33)},
+            **common.SCORED,
             static={"pool": 5},
         ),
         Step(
             name="snapkv",
             kernel=snapkv,
             oracle=snapkv_oracle,
-            inputs=common.without_ties(prompt, lambda q, k, v: score_oracle(q, k, 3)[..., : k.shape[2] - q.shape[2]], top=31),
+            inputs=common.without_ties(common.window, lambda q, k, v: score_oracle(q, k, 3)[..., : k.shape[2] - q.shape[2]], top=31),
             sizes={"b": 1, "g": 4, "r": 2, "w": 16, "p": 256, "e": 64, "f": 64},
             ranges={"b": (1, 2), "g": (1, 3), "r": (1, 3), "w": (1, 17), "p": (31, 101), "e": (7, 33), "f": (1, 19)},
             static={"pool": 3, "budget": 31},

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from cookbook.attention import hogwild, hydragen, paged_decode, tree_shared_prefix, xquant
+from cookbook.attention.common import moved
 
 FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -59,14 +60,15 @@ def test_a_request_does_not_see_the_suffix_of_another(step):
 
 
 def test_the_shared_prefix_is_counted_once_whatever_the_batch():
-    alone, _, _ = hydragen.report(hydragen.hydragen, 1, s=100, t=3)
-    many, _, _ = hydragen.report(hydragen.hydragen, 50, s=100, t=3)
+    dims = {"b": 50, "m": 1, **hydragen.HEADS}
+    alone, _, _ = moved(hydragen.hydragen, {**dims, "b": 1, "s": 100, "t": 3})
+    many, _, _ = moved(hydragen.hydragen, {**dims, "s": 100, "t": 3})
     a_token = 2 * 2 * 8 * 128 / 1e6  # K and V in bf16
     assert alone == pytest.approx(103 * a_token)
     assert many == pytest.approx((100 + 50 * 3) * a_token)
-    _, planned, _ = hydragen.report(hydragen.decomposed, 50, s=100, t=3)
+    _, planned, _ = moved(hydragen.decomposed, {**dims, "s": 100, "t": 3})
     assert many <= planned <= 2 * many
-    copied, _, _ = hydragen.report(hydragen.unshared, 50, p=103)
+    copied, _, _ = moved(hydragen.unshared, {**dims, "p": 103})
     assert copied == pytest.approx(50 * 103 * a_token)
 
 
@@ -309,5 +311,6 @@ def test_a_node_gets_what_decoding_its_path_gets(step):
 
 
 def test_a_tree_of_what_is_shared_moves_each_key_once():
-    moved, _ = tree_shared_prefix.plan(tree_shared_prefix.merged, b=16, s=100, t=3, k=64)
-    assert moved == (100 + 16 * (3 + 64)) * 2 * 2 * 8 * 128
+    dims = {"b": 16, "m": tree_shared_prefix.NODES, **hydragen.HEADS, "s": 100, "t": 3, "k": 64}
+    _, planned, _ = moved(tree_shared_prefix.merged, dims)
+    assert planned == pytest.approx((100 + 16 * (3 + 64)) * 2 * 2 * 8 * 128 / 1e6)
