@@ -1,44 +1,34 @@
 """Search for the fastest point of a space with few measurements. Knows nothing of kernels: a space may be a recorded table.
 
-    space     iterates hashable points, has len() and features(point); or offers sample(rng) and neighbours(point)
+    space     iterates hashable points, has len() and features(point); or offers sample(rng) and neighbours(point), and features
     measure   answers each point with a time in ms or a Failure; at most `batch` points at once, no point twice
-    strategy  proposes the next points from the history; a learned cost model enters as `prior` or as another strategy
+    prior     what other sources expect of points, a guide that is dropped where it misleads
+    strategy  proposes the next points from the history
 
-A space may name the points to be measured before all others as `seeds` (the default first).
+A space may name the points to be measured before all others as `seeds` (the default first), and with `identity(point)` which points
+are one thing to measure.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias
 
-P = TypeVar("P", bound=Hashable)
-ENUMERATED = 4096  # a larger space is sampled, if it can be, rather than listed
-PriorFunction = Callable[[Sequence[Any]], Sequence[float]]
+from .candidates import Enumerable, P, Pool, Sampled, pool_of
+from .cost_model import Classifier, CostModel, Prior
+from .history import Failure, History, Trial
 
+if TYPE_CHECKING:
+    from .cost_model import Matrix
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A point that gave no time, and why."""
+__all__ = [
+    "Enumerable", "Evolution", "Failure", "History", "Pool", "PriorFunction", "Sampled", "Stop", "Strategy", "Trial", "minimize", "pool_of",
+]  # fmt: skip
 
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Trial(Generic[P]):
-    """A measured point. `index` counts from 0 in the order of proposal."""
-
-    index: int
-    point: P
-    result: float | Failure
-
-    @property
-    def time_ms(self) -> float:
-        """The time; infinity for a failure, so that trials sort."""
-        return self.result if isinstance(self.result, float) else math.inf
+PriorFunction: TypeAlias = Callable[[Sequence[Any]], Sequence[float]]
 
 
 class Stop(Exception):
@@ -49,99 +39,10 @@ class Stop(Exception):
         self.results = tuple(results)
 
 
-class History(Generic[P]):
-    """What was measured, in order."""
-
-    def __init__(self) -> None:
-        self._trials: list[Trial[P]] = []
-        self._seen: set[P] = set()
-
-    @property
-    def trials(self) -> tuple[Trial[P], ...]:
-        return tuple(self._trials)
-
-    @property
-    def best(self) -> Trial[P] | None:
-        """The fastest trial, the earlier of equals; None if none succeeded."""
-        best = min(self._trials, key=lambda t: (t.time_ms, t.index), default=None)
-        return best if best is not None and best.time_ms < math.inf else None
-
-    def __len__(self) -> int:
-        return len(self._trials)
-
-    def __iter__(self) -> Iterator[Trial[P]]:
-        return iter(self.trials)
-
-    def __contains__(self, point: object) -> bool:
-        return point in self._seen
-
-    def fastest(self, count: int) -> list[Trial[P]]:
-        """The `count` fastest successful trials, best first."""
-        ranked = sorted((t for t in self._trials if t.time_ms < math.inf), key=lambda t: (t.time_ms, t.index))
-        return ranked[:count]
-
-    def curve(self) -> list[float]:
-        """The best time after each trial; infinity until one succeeds."""
-        best, found = math.inf, []
-        for trial in self._trials:
-            best = min(best, trial.time_ms)
-            found.append(best)
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data; points that offer `to_dict` are written as that, others as text."""
-        return {
-            "trials": [
-                {
-                    "index": t.index,
-                    "point": _plain(t.point),
-                    **({"failure": t.result.reason} if isinstance(t.result, Failure) else {"time_ms": t.result}),
-                }
-                for t in self._trials
-            ],
-            "best": None if self.best is None else self.best.index,
-        }
-
-    def add(self, point: P, result: object) -> Trial[P]:
-        """Appends a result. What is neither a positive finite time nor a `Failure` is kept as a failure."""
-        trial = Trial(len(self._trials), point, _checked(result))
-        self._trials.append(trial)
-        self._seen.add(point)
-        return trial
-
-
-@runtime_checkable
-class Enumerable(Protocol[P]):
-    """A space small enough to list."""
-
-    def __iter__(self) -> Iterator[P]: ...
-
-    def __len__(self) -> int: ...
-
-    def features(self, point: P, /) -> Sequence[float]: ...
-
-
-@runtime_checkable
-class Sampled(Protocol[P]):
-    """A space too large to list."""
-
-    def sample(self, rng: random.Random, /) -> P: ...
-
-    def neighbours(self, point: P, /) -> Sequence[P]: ...
-
-
 class Strategy(Protocol[P]):
     """Proposes points that are not in the history, at most `count`, none twice. None at all means the space is exhausted."""
 
     def propose(self, count: int, history: History[P]) -> Sequence[P]: ...
-
-
-class Pool(Protocol[P]):
-    """What a strategy needs of either kind of space."""
-
-    def draw(self, rng: random.Random, count: int, taken: Callable[[P], bool]) -> list[P]: ...
-
-    def near(self, rng: random.Random, point: P, count: int, taken: Callable[[P], bool]) -> list[P]: ...
 
 
 def minimize(
@@ -151,25 +52,35 @@ def minimize(
     budget: int,
     batch: int = 8,
     seed: int = 0,
-    prior: PriorFunction | None = None,
+    prior: PriorFunction | Sequence[PriorFunction] | None = None,
     on_trial: Callable[[Trial[Any]], None] | None = None,
     strategy: Strategy[Any] | None = None,
+    seconds: float | None = None,
+    history: History[Any] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> History[Any]:
     """The history of a search for the fastest point of `space`.
 
     Args:
         measure: see the module; it may raise `Stop` with the results it has.
-        prior: expected times of points on any scale, smaller is faster, nan where nothing is expected; a guide, never an answer.
+        budget: trials in all, those of `history` included.
+        prior: expected times of points on any scale, smaller is faster, nan where nothing is expected; one function for each source.
         on_trial: told of each trial as it enters the history.
         strategy: another strategy than the evolutionary one.
+        seconds: no batch begins later than this after the call.
+        history: an earlier search to continue, in place. With the same arguments it goes on as if it had never been cut off.
+        clock: the seconds that have passed since some moment.
     """
     if budget < 0 or batch < 1:
         raise ValueError(f"a budget of {budget} and a batch of {batch}; at least 0 and 1 are needed")
-    history: History[Any] = History()
+    history = History() if history is None else history
     proposer = strategy if strategy is not None else Evolution(space, budget=budget, seed=seed, prior=prior)
-    while len(history) < budget:
+    began = clock()
+    while len(history) < budget and (seconds is None or clock() - began < seconds):
         wanted = min(batch, budget - len(history))
-        points = [p for p in dict.fromkeys(proposer.propose(wanted, history)) if p not in history][:wanted]
+        if not history.pending:
+            history.propose([p for p in dict.fromkeys(proposer.propose(wanted, history)) if p not in history][:wanted])
+        points = history.pending[:wanted]
         if not points:
             break
         stopped = False
@@ -189,152 +100,188 @@ def minimize(
 
 
 class Evolution(Generic[P]):
-    """Seeds, then random points, then neighbours of the fastest, with a share of random points to the end.
+    """Seeds; what a prior expects to be fastest, or random points; then what a cost model likes best, in turns near and anywhere.
 
-    With a prior, more points are drawn than asked for and two thirds of the proposals are those it expects to be fastest; the
-    rest stay as drawn, so that a misleading prior costs trials but cannot hide a part of the space.
+        near       the neighbours of the fastest point; if all are measured, of the next
+        anywhere   all points of a listed space; of a drawn one random points and generations of neighbours of what the model likes best
+
+    What is proposed depends on the seed and the history alone, so a search can be continued from its history. A prior leads the first
+    trials. Then some are taken at random against it, and from there on each of its sources is a feature of the model as long as it agrees
+    with what was measured.
     """
 
-    RANDOM_SHARE = 0.2
+    WARM_UP = 20  # trials before the model is asked
+    LED = 8  # trials that a prior chooses
+    CONTROLLED = 8  # trials after these that it and chance choose in turns
     ELITES = 6
-    OVERSAMPLE = 8
+    PARENTS = 16  # of a generation, and how many of them
+    GENERATIONS = 2
 
     def __init__(
-        self, space: Any, *, budget: int, seed: int = 0, prior: PriorFunction | None = None, seeds: Sequence[P] | None = None
+        self,
+        space: Any,
+        *,
+        budget: int,
+        seed: int = 0,
+        prior: PriorFunction | Sequence[PriorFunction] | None = None,
+        seeds: Sequence[P] | None = None,
+        model: CostModel | None = None,
     ) -> None:
-        self._rng = random.Random(seed)
+        self._seed = seed
         self._pool: Pool[P] = pool_of(space)
         self._seeds: list[P] = list(dict.fromkeys(getattr(space, "seeds", ()) if seeds is None else seeds))
-        self._prior = prior
-        self._warm_up = min(20, max(4, budget // 4))
+        self._sources: tuple[PriorFunction, ...] = () if prior is None else (prior,) if callable(prior) else tuple(prior)
+        self._expected: dict[P, tuple[float, ...]] = {}
+        self._model: CostModel = Classifier() if model is None else model
+        self._warm_up = min(self.WARM_UP, max(4, budget // 4))
+        self._led = min(self.LED, max(2, budget // 8))
 
     def propose(self, count: int, history: History[P]) -> Sequence[P]:
-        chosen: dict[P, None] = {}
+        rng = random.Random(f"{self._seed}/{len(history)}")
+        batch = _Batch(count, history, self._pool)
+        batch.extend(self._seeds)
+        if not batch.full and self._sources and len(history) < self._led + self.CONTROLLED:
+            self._follow_prior(rng, batch, history)
+        trusted = self._trusted(history)
+        begun = len(history) >= (self._led + self.CONTROLLED if trusted else self._warm_up)
+        if not batch.full and begun and history.best is not None:
+            self._follow_model(rng, batch, history, trusted)
+        batch.extend(self._pool.draw(rng, count, batch.taken))
+        return batch.points
 
-        def taken(point: P) -> bool:
-            return point in history or point in chosen
-
-        chosen.update(dict.fromkeys([p for p in self._seeds if p not in history][:count]))
-        while len(chosen) < count:
-            explore = len(history) + len(chosen) < self._warm_up or self._rng.random() < self.RANDOM_SHARE
-            point = None if explore else self._neighbour(history, taken)
-            if point is None:
-                point = self._drawn(taken)
-            if point is None:
+    def _follow_prior(self, rng: random.Random, batch: _Batch[P], history: History[P]) -> None:
+        """The points that all sources together expect to be fastest; after the first of them in turns with random ones."""
+        pool = self._candidates(rng, history, batch)
+        order = self._prior(pool).order(list(range(len(self._sources))))
+        ranked = [pool[i] for i in sorted(range(len(pool)), key=lambda i: float(order[i])) if order[i] < math.inf]
+        if not ranked:
+            return
+        for point in ranked:
+            if batch.full:
                 break
-            chosen[point] = None
-        return list(chosen)
+            if batch.number >= self._led and batch.number % 2:
+                batch.extend(self._pool.draw(rng, 1, batch.taken))
+            batch.add(point)
 
-    def _drawn(self, taken: Callable[[P], bool]) -> P | None:
-        return self._guided(self._pool.draw(self._rng, self.OVERSAMPLE if self._prior else 1, taken))
+    def _trusted(self, history: History[P]) -> list[int]:
+        """The sources of the prior that agree with what was measured, once enough of it was chosen by chance."""
+        if not self._sources or len(history) < self._led + self.CONTROLLED:
+            return []
+        points = [t.point for t in history]
+        return self._prior(points).trusted(list(range(len(points))), _times(history))
 
-    def _neighbour(self, history: History[P], taken: Callable[[P], bool]) -> P | None:
-        """An unmeasured neighbour of one of the fastest, the faster the likelier."""
-        elites = history.fastest(self.ELITES)
-        if not elites:
-            return None
+    def _prior(self, points: Sequence[P]) -> Prior:
+        import numpy as np
+
+        new = [p for p in points if p not in self._expected]
+        if new:
+            columns = [[float(x) for x in source(new)] for source in self._sources]
+            self._expected.update(zip(new, zip(*columns, strict=True), strict=True))
+        return Prior(np.array([self._expected[p] for p in points], dtype=np.float64).reshape(len(points), len(self._sources)))
+
+    def _follow_model(self, rng: random.Random, batch: _Batch[P], history: History[P], trusted: list[int]) -> None:
+        """The best by the model: in turns of the neighbours of the fastest, and of all candidates."""
+        pool = self._candidates(rng, history, batch)
+        scored = self._scored(rng, pool, history, trusted)
+        if scored is None:
+            self._follow_neighbours(rng, batch, history)
+            return
+        anywhere = iter(sorted(scored, key=lambda p: -scored[p]))
+        elites = [t.point for t in history.fastest(len(history))]
+        while not batch.full:
+            point = None
+            if batch.number % 2 == 0:
+                near = (self._pool.near(rng, elite, batch.taken) for elite in elites)
+                around = next((found for found in near if found), [])
+                point = max((p for p in around if p in scored), key=lambda p: scored[p], default=None)
+            if point is None:
+                point = next((p for p in anywhere if not batch.taken(p)), None)
+            if point is None:
+                return
+            batch.add(point)
+
+    def _follow_neighbours(self, rng: random.Random, batch: _Batch[P], history: History[P]) -> None:
+        """Without features: a neighbour of one of the fastest, the faster the likelier, in turns with random points."""
+        elites = [t.point for t in history.fastest(self.ELITES)]
         weights = [1.0 / (rank + 1) for rank in range(len(elites))]
-        parent = self._rng.choices(elites, weights)[0]
-        return self._guided(self._pool.near(self._rng, parent.point, self.OVERSAMPLE if self._prior else 1, taken))
+        for _ in range(4 * batch.room):
+            if batch.full:
+                return
+            near = self._pool.near(rng, rng.choices(elites, weights)[0], batch.taken)
+            batch.extend([rng.choice(near)] if near and rng.random() < 0.8 else self._pool.draw(rng, 1, batch.taken))
 
-    def _guided(self, points: list[P]) -> P | None:
-        if not points:
+    def _candidates(self, rng: random.Random, history: History[P], batch: _Batch[P]) -> list[P]:
+        return self._pool.candidates(rng, [t.point for t in history.fastest(self.ELITES)], batch.taken)
+
+    def _scored(self, rng: random.Random, pool: list[P], history: History[P], trusted: list[int]) -> dict[P, float] | None:
+        """The model's score of every candidate, and of further ones near to the best of them; None if there are no features."""
+        rows = self._rows([t.point for t in history], trusted)
+        if rows is None:
             return None
-        if self._prior is None or self._rng.random() < 1 / 3:
-            return points[0]
-        expected = [x if x == x else math.inf for x in self._prior(points)]
-        return points[min(range(len(points)), key=lambda i: (expected[i], i))]
-
-
-def pool_of(space: Any) -> Pool[Any]:
-    """The space as a pool: listed if it can be, sampled otherwise. Raises `TypeError` for what is neither."""
-    if isinstance(space, Enumerable) and (len(space) <= ENUMERATED or not isinstance(space, Sampled)):
-        return _Listed(space)
-    if isinstance(space, Sampled):
-        return _Drawn(space)
-    raise TypeError(f"{type(space).__name__} is no space: it needs iteration, len() and features(), or sample() and neighbours()")
-
-
-class _Listed(Generic[P]):
-    """An enumerated space. Points are near if few of their features differ, and those by little."""
-
-    def __init__(self, space: Enumerable[P]) -> None:
-        import numpy as np
-
-        self._points = list(dict.fromkeys(space))
-        self._index = {p: i for i, p in enumerate(self._points)}
-        table = np.array([list(space.features(p)) for p in self._points], dtype=np.float64).reshape(len(self._points), -1)
-        # features enter by the rank of their value, so that 1, 2, 4, 8 are evenly spaced and units do not matter
-        levels = [np.unique(column, return_inverse=True)[1] for column in table.T]
-        self._levels = np.stack(levels, axis=1).reshape(table.shape) if levels else table
-        self._spread = np.maximum(self._levels.max(axis=0, initial=0), 1)
-        self._left = list(range(len(self._points)))
-
-    def draw(self, rng: random.Random, count: int, taken: Callable[[P], bool]) -> list[P]:
-        drawn: list[int] = []
-        while self._left and len(drawn) < count:
-            at = rng.randrange(len(self._left))
-            self._left[at], self._left[-1] = self._left[-1], self._left[at]
-            index = self._left.pop()  # a point is dropped once it is taken; one that is only looked at comes back below
-            if not taken(self._points[index]):
-                drawn.append(index)
-        self._left.extend(drawn)
-        return [self._points[i] for i in drawn]
-
-    def near(self, rng: random.Random, point: P, count: int, taken: Callable[[P], bool]) -> list[P]:
-        import numpy as np
-
-        index = self._index.get(point)
-        if index is None:  # a seed from outside the space has no neighbours in it
-            return self.draw(rng, count, taken)
-        steps = np.abs(self._levels - self._levels[index])
-        distance = (steps != 0).sum(axis=1) + (steps / self._spread).sum(axis=1)
-        jitter = np.random.default_rng(rng.getrandbits(32)).random(len(distance))
-        order = np.argsort(distance + jitter, kind="stable")
-        found: list[P] = []
-        for i in order:
-            if len(found) == count:
+        seed, times = rng.getrandbits(31), _times(history)
+        scored: dict[P, float] = {}
+        for _ in range(1 if self._pool.complete else 1 + self.GENERATIONS):
+            if not pool:
                 break
-            if not taken(self._points[i]):
-                found.append(self._points[i])
-        return found
+            found = self._rows(pool, trusted)
+            if found is None:
+                return None
+            ties = [rng.random() * 1e-6 for _ in pool]
+            scored.update(zip(pool, self._model.scores(rows, times, found, seed=seed) + ties, strict=True))
+            parents = sorted(scored, key=lambda p: -scored[p])[: self.PARENTS]
+            pool = list(dict.fromkeys(p for q in parents for p in self._pool.near(rng, q, lambda p: p in scored or p in history)))
+        return scored
+
+    def _rows(self, points: Sequence[P], trusted: list[int]) -> Matrix | None:
+        """The features of points, and what the trusted sources expect of them."""
+        import numpy as np
+
+        rows = self._pool.rows(points)
+        if rows is None or not trusted:
+            return rows
+        return np.hstack([rows, self._prior(points).columns(trusted)])
 
 
-class _Drawn(Generic[P]):
-    """A sampled space. A neighbour of a neighbour stands in where all neighbours are taken."""
+class _Batch(Generic[P]):
+    """The points of one proposal: none measured, none twice, and none that is the same to measure as another."""
 
-    ATTEMPTS = 50
+    def __init__(self, count: int, history: History[P], pool: Pool[P]) -> None:
+        self._count, self._begin, self._pool = count, len(history), pool
+        self._same: set[Hashable] = {pool.same(t.point) for t in history}
+        self._chosen: dict[P, None] = {}
+        self._history = history
 
-    def __init__(self, space: Sampled[P]) -> None:
-        self._space = space
+    @property
+    def points(self) -> list[P]:
+        return list(self._chosen)
 
-    def draw(self, rng: random.Random, count: int, taken: Callable[[P], bool]) -> list[P]:
-        found: dict[P, None] = {}
-        for _ in range(self.ATTEMPTS * count):
-            point = self._space.sample(rng)
-            if not taken(point):
-                found[point] = None
-                if len(found) == count:
-                    break
-        return list(found)
+    @property
+    def room(self) -> int:
+        return self._count - len(self._chosen)
 
-    def near(self, rng: random.Random, point: P, count: int, taken: Callable[[P], bool]) -> list[P]:
-        around = list(self._space.neighbours(point))
-        free = [p for p in dict.fromkeys(around) if not taken(p)]
-        if not free and around:
-            free = [p for p in dict.fromkeys(self._space.neighbours(rng.choice(around))) if not taken(p)]
-        rng.shuffle(free)
-        return free[:count]
+    @property
+    def full(self) -> bool:
+        return self.room <= 0
+
+    @property
+    def number(self) -> int:
+        """The number of the next trial."""
+        return self._begin + len(self._chosen)
+
+    def taken(self, point: P) -> bool:
+        return point in self._history or self._pool.same(point) in self._same
+
+    def add(self, point: P) -> None:
+        if not self.full and not self.taken(point):
+            self._chosen[point] = None
+            self._same.add(self._pool.same(point))
+
+    def extend(self, points: Sequence[P]) -> None:
+        for point in points:
+            self.add(point)
 
 
-def _checked(result: object) -> float | Failure:
-    if isinstance(result, Failure):
-        return result
-    if isinstance(result, (int, float)) and not isinstance(result, bool) and 0 < result < math.inf:
-        return float(result)
-    return Failure(f"{result!r} is no time")
+def _times(history: History[Any]) -> Matrix:
+    import numpy as np
 
-
-def _plain(point: object) -> object:
-    to_dict = getattr(point, "to_dict", None)
-    return to_dict() if callable(to_dict) else str(point)
+    return np.array([t.time_ms for t in history], dtype=np.float64)

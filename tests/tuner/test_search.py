@@ -211,5 +211,5 @@ def test_the_history_as_data():
     assert 9 not in history
     data = history.to_dict()
     assert data["best"] == 2
-    assert data["trials"][1] == {"index": 1, "point": "2", "failure": "hung"}
-    assert data["trials"][2] == {"index": 2, "point": "3", "time_ms": 2.0}
+    assert data["trials"][1] == {"index": 1, "point": 2, "failure": "hung"}
+    assert data["trials"][2] == {"index": 2, "point": 3, "time_ms": 2.0}
