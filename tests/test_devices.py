@@ -45,6 +45,9 @@ class OnCpu:
     def build(self, source):
         return self.cpu.build(Source.make(source.text, source.entry, load_target("cpu")))
 
+    def facts(self, artifact):
+        return {}
+
     def load(self, artifact):
         run = self.cpu.load(artifact)
 
