@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..ir.plan import KernelPlan, Plan
 from .gpu import ceil_power, gpu_tiles
-from .roles import POINTS, Roles, kernel_roles, widest_factor
+from .roles import POINTS, Roles, contracted_factors, kernel_roles
 from .schedule import Schedule
 from .target import Target
 
@@ -22,8 +22,9 @@ LANES = 512
 def default_schedule(plan: Plan, sizes: Mapping[str, int], target: Target) -> Schedule:
     """Tile sizes for every kernel; layouts and register tiles are left to `layout.complete`.
 
-    For a GPU see `gpu.py`. For a CPU, with a contraction: 64 rows share tiles of 128 along the stream. Without: one row, a stream tile of up to 1024. The numbers are the
-    best of a search on one machine (`docs/benchmarks.md`), within a few percent of the best for each of a dozen kernels.
+    For a GPU see `gpu.py`. For a CPU, with a contraction: 64 rows share tiles of 128 along the stream. Without: one row, a stream tile
+    of up to 1024. The numbers are the best of a search on one machine (`docs/benchmarks.md`), within a few percent of the best for each
+    of a dozen kernels.
     Entries are `rank`, or `kernel.rank` where two kernels differ.
     """
     known = plan.cascade.solve_sizes(sizes)
@@ -40,7 +41,7 @@ def _tiles(plan: Plan, kernel: KernelPlan, sizes: Mapping[str, int], target: Tar
     roles = kernel_roles(plan.cascade, kernel, sizes)
     if target.kind == "cpu":
         return default_tiles(roles, sizes)
-    return gpu_tiles(roles, sizes, widest_factor(plan.cascade, kernel))
+    return gpu_tiles(roles, sizes, contracted_factors(plan.cascade, kernel, roles, sizes))
 
 
 def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """A schedule made smaller where the target has no room for a kernel of it.
 
 What a kernel takes is known when it was compiled. The default schedule is then made smaller in the kernel that was refused, a little at
-a time, until there is room: fewer tiles in flight, then half of the longest tile.
+a time, until there is room: fewer tiles in flight, then half of the longest tile. Where registers do not suffice, which is slow and
+not wrong, there are more warps to share a tile, then shorter ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .schedule import Schedule
 from .target import Target
 
 SHORTEST = 16  # of a tile that is halved to
+MOST_WARPS = 8  # that registers are shared among
 
 T = TypeVar("T")
 
@@ -33,6 +35,18 @@ def smaller(schedule: Schedule, program: TileProgram, target: Target) -> Schedul
     options = options_of(program, schedule, target)
     if options.stages > 1 and any(isinstance(node, Loop) for node in program.body):
         return replace(schedule, kernel=_with(schedule.kernel, program.name, replace(options, stages=options.stages - 1)))
+    return _halved(schedule, program)
+
+
+def roomier(schedule: Schedule, program: TileProgram, target: Target) -> Schedule | None:
+    """`schedule` with more registers for the elements of a tile of `program`: more warps, else half of its longest tile; None as above."""
+    options = options_of(program, schedule, target)
+    if options.warps < MOST_WARPS:
+        return replace(schedule, kernel=_with(schedule.kernel, program.name, replace(options, warps=2 * options.warps)))
+    return _halved(schedule, program)
+
+
+def _halved(schedule: Schedule, program: TileProgram) -> Schedule | None:
     tiles = {axis.rank: axis.tile for axis in program.grid}
     for loop in _loops(program.body):
         tiles[loop.rank] = max(loop.tile, tiles.get(loop.rank, 1))

@@ -10,34 +10,31 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ..ir.expr import Read, reads
+from ..ir.expr import Read, Tile, reads
 from ..ir.infer import expression_ranks
 from ..ir.tile import Dot, Loop, Node, TileProgram, kernel_tiles
-from .roles import Roles
+from .roles import Factors, Roles
 from .schedule import KernelOptions, Schedule
 from .target import Target
 
 ROWS, FEW_ROWS = 128, 16  # rows of a matrix product; below the second number they are taken as they come
-ELEMENTS = 8192  # of the largest tile of a stream's operands
+BYTES = 16384  # of the largest tile of a stream's operands
 LONGEST, SHORTEST = 128, 32  # of the stream in a tile, where products are summed
 FLAT = 4096  # elements of a tile without products
 PLAIN = 1024  # elements of a task that streams nothing
+WHOLE = 256  # elements of a product's sum that are held at once; deeper ones are done block by block
 STAGED = 0.6  # of shared memory, for tiles in flight
 
 
-def gpu_tiles(roles: Roles, sizes: Mapping[str, int], widest: int) -> dict[str, int]:
-    """The tile of each grid rank and of the stream of one kernel; all are powers of two.
-
-    Args:
-        widest: bytes of an element of the widest tensor that is multiplied.
-    """
+def gpu_tiles(roles: Roles, sizes: Mapping[str, int], factors: Factors) -> dict[str, int]:
+    """The tile of each grid rank and of the stream of one kernel; all are powers of two."""
     tile: dict[str, int] = dict.fromkeys(roles.units, 1)
     resident = math.prod(sizes.get(r, 1) for r in roles.resident)
     if not roles.contracts:
         budget = FLAT if roles.stream is not None else PLAIN
         return _flat_tiles(roles, sizes, tile, max(1, budget // ceil_power(resident)))
-    deep = _deepest(roles, sizes)
-    rows = ROWS if deep * widest <= 256 else ROWS // 2
+    deep = ceil_power(min(factors.depth, WHOLE))
+    rows = ROWS if deep * factors.bytes <= 256 else ROWS // 2
     for rank in sorted(roles.rows, key=lambda r: -sizes.get(r, ROWS)):
         tile[rank] = min(rows, ceil_power(sizes.get(rank, ROWS)))
         rows = max(1, rows // tile[rank])
@@ -45,7 +42,7 @@ def gpu_tiles(roles: Roles, sizes: Mapping[str, int], widest: int) -> dict[str, 
         tile[rank] = min(LONGEST, ceil_power(sizes.get(rank, LONGEST), SHORTEST // 2))
         deep = max(deep, tile[rank])
     if roles.stream is not None:
-        most = max(SHORTEST, min(LONGEST, ELEMENTS * 2 // (deep * widest)))
+        most = max(SHORTEST, min(LONGEST, BYTES // (deep * factors.bytes)))
         tile[roles.stream] = min(most, ceil_power(sizes.get(roles.stream, most), SHORTEST // 2))
     return tile
 
@@ -57,11 +54,6 @@ def _flat_tiles(roles: Roles, sizes: Mapping[str, int], tile: dict[str, int], bu
         tile[rank] = min(budget, ceil_power(sizes.get(rank, budget)))
         budget = max(1, budget // tile[rank])
     return tile
-
-
-def _deepest(roles: Roles, sizes: Mapping[str, int]) -> int:
-    """Elements of the longest whole rank."""
-    return max((ceil_power(sizes.get(r, 1)) for r in roles.resident), default=1)
 
 
 def options_of(program: TileProgram, schedule: Schedule, target: Target) -> KernelOptions:
@@ -79,8 +71,8 @@ def default_options(program: TileProgram, target: Target) -> KernelOptions:
     products = max(_elements(program, node.ranks) for node in dots)
     warps = 8 if products >= 64 * 128 else 4
     streamed = sum(_streamed_bytes(program, loop) for loop in program.body if isinstance(loop, Loop))
-    fixed = sum(4 * _elements(program, ranks) for name, (ranks, _) in tiles.items() if name in _operands(dots) and name not in _inside(program))
-    room = STAGED * target.limit("shared_memory", 1 << 16) - fixed / 2
+    fixed = sum(2 * _elements(program, tiles[name][0]) for name in _operands(dots) - _inside(program))
+    room = STAGED * target.limit("shared_memory", 1 << 16) - fixed
     stages = max(1, min(3, int(room // streamed))) if streamed else 1
     return KernelOptions(warps=warps, stages=stages, precision="tf32x3" if "tf32" in target.features else "ieee")
 
@@ -129,8 +121,6 @@ def _tile_of(program: TileProgram, rank: str, loop: Loop) -> int:
 
 
 def _operands(dots: list[Dot]) -> set[str]:
-    from ..ir.expr import Tile
-
     return {side.name for node in dots for side in (node.a, node.b) if isinstance(side, Tile)}
 
 

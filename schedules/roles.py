@@ -168,18 +168,34 @@ def product_factors(e: Expr) -> tuple[Expr, ...]:
             return (e,)
 
 
-def widest_factor(cascade: Cascade, kernel: KernelPlan) -> int:
-    """Bytes of an element of the widest input that is a factor of a contraction; 4 where factors are computed."""
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The operands of the contractions of a kernel.
+
+    Args:
+        bytes: of an element of the widest input that is a factor; 4 where factors are computed.
+        depth: elements of the largest factor at one index of the stream; of the longest sum where nothing is streamed.
+    """
+
+    bytes: int
+    depth: int
+
+
+def contracted_factors(cascade: Cascade, kernel: KernelPlan, roles: Roles, sizes: Mapping[str, int]) -> Factors:
+    """What the contractions of a kernel multiply."""
     types = {t.name: t.dtype for t in cascade.inputs}
     summands = [(s.expr, s.ranks, s.over) for s in _sums(kernel)]
     summands += [(s.summand, s.ranks, s.over) for stage in kernel.stages for s in stage.states if s.op == "sum"]
-    widest = 1
+    widest, depth = 1, 1
     for e, ranks, over in summands:
         if not is_contraction(e, ranks, over):
             continue
         for factor in product_factors(e):
+            found = expression_ranks(factor)
+            if roles.stream is None or roles.stream in found:
+                depth = max(depth, prod(sizes.get(r, 1) for r in found if r in roles.resident))
             if not isinstance(factor, Read):
                 widest = max(widest, 4 if any(r.tensor in types for r in reads(factor)) else 1)
             elif factor.tensor in types:
                 widest = max(widest, int(types[factor.tensor].bytes) or 1)
-    return widest
+    return Factors(widest, depth)
