@@ -27,6 +27,7 @@ from ..ir.types import dtype as dtype_named
 from ..schedules.schedule import Schedule
 from .binding import arguments, given_outputs, shape_of, strided_inputs
 from .devices import CPU, check_device, device_of
+from .empty import ByReference, reads_an_empty_tensor
 from .parts import Function, LibraryPart, LoopPart, Part
 from .scalars import converter
 
@@ -308,6 +309,10 @@ class Executable:
         allocated = tuple(
             (shape_of(written[name].axes, sizes), to_torch(dtype_named(written[name].dtype))) for name in (*results, *temporaries)
         )
+        if reads_an_empty_tensor(self.cascade, sizes):
+            whole = ByReference(self.cascade)
+            step = Step(whole, whole, tuple(range(len(self._names) + len(results))), tuple(range(len(self._scalars))), not temporaries)
+            return Bound(allocated, len(results), (step,), False, device)
         known = [*layouts, *((shape, contiguous(shape)) for shape, _ in allocated)]
         steps = []
         for part in self.parts:

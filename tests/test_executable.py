@@ -421,3 +421,17 @@ def test_the_store_and_the_cache_agree_on_the_settings(fresh):
     entries, size = DiskCache(current().cache).usage()
     assert entries == 2 and size > 1000
     assert store_module.toolchain("cpu")
+
+
+@ef.kernel
+def picked_where(X: "p e", I: "s", L: "") -> "s e":
+    return ef.where(ef.index("s") < L, X.at(p=I), 7.0)
+
+
+def test_a_tensor_without_elements_is_not_read():
+    x, i = torch.empty(0, 4), torch.zeros(3, dtype=torch.int32)
+    assert torch.equal(picked_where(x, i, torch.tensor(0.0)), torch.full((3, 4), 7.0))
+    with pytest.raises(ef.BindingError, match="gathered index 0 from I is outside rank p of X, which has extent 0"):
+        picked_where(x, i, torch.tensor(2.0))
+    assert torch.equal(picked_where(torch.ones(1, 4), i, torch.tensor(3.0)), torch.ones(3, 4))
+    assert picked_where(torch.empty(0, 4), i[:0], torch.tensor(2.0)).shape == (0, 4)
