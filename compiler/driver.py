@@ -23,7 +23,8 @@ from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedErro
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan
 from ..ir.tile import TileProgram, kernel_tiles
-from ..schedules.fit import TooLarge, smaller
+from ..schedules.fit import TooLarge, roomier, smaller
+from ..schedules.default import default_schedule, default_split
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import DiskCache, key_of, package_fingerprint
@@ -33,6 +34,8 @@ from .store import executable_of, manifest, toolchain
 
 FORMAT = 1  # of the entries; raised when their layout changes
 SOURCE, BINARY = "kernel.py", "kernel"  # and the ending that the backend's files have
+TRIES = 4  # of a smaller schedule where registers spill
+CROWDED = 128  # bytes that a kernel of a default schedule may spill
 Parts = list[Part | LibraryPart | LoopPart]
 Lookup = Callable[[Cascade, Mapping[str, int], Target], Schedule | None]
 
@@ -45,6 +48,21 @@ class Lowered:
     schedule: Schedule
     programs: tuple[TileProgram, ...]
     sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A plan with its kernels built, and where the files of each part are."""
+
+    lowered: Lowered
+    parts: Parts
+    files: list[dict[str, Any]]
+
+    def executable(self, order: Order, *, inner: bool = False) -> Executable:
+        """The parts as something to call."""
+        made = Executable(order.cascade, order.target, self.lowered.schedule, order.sizes, self.parts, order.strided, inner=inner)
+        made.remember(self.lowered.plan, self.lowered.programs)
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +127,42 @@ def _compile(order: Order, schedule: Schedule | None, store: DiskCache) -> Execu
     found = _from_cache(order, key, store)
     if found is not None:
         return found
-    lowered, parts, names = _built(order, lower_cascade(order, schedule), store, given=schedule is not None)
-    executable = Executable(order.cascade, order.target, lowered.schedule, order.sizes, parts, order.strided)
-    executable.remember(lowered.plan, lowered.programs)
-    store.put("compiled", key, manifest(executable, names), {})
+    built = _built(order, lower_cascade(order, schedule), store, given=schedule is not None)
+    executable = built.executable(order)
+    store.put("compiled", key, manifest(executable, built.files), {})
     return executable
 
 
-def _built(order: Order, lowered: Lowered, store: DiskCache, *, given: bool) -> tuple[Lowered, Parts, list[dict[str, Any]]]:
-    """The parts of a plan and their files; a schedule that nobody has given is made smaller until the target has room for every kernel."""
+def _built(order: Order, lowered: Lowered, store: DiskCache, *, given: bool) -> Built:
+    """The parts of a plan and their files.
+
+    A schedule that nobody has given is made smaller until the target has room for every kernel, and further while that saves spills.
+    """
+    built = _with_room(order, lowered, store, given=given)
+    for _ in range(0 if given or order.target.kind == "cpu" else TRIES):
+        spills = [int(part.facts.get("spill_bytes", 0)) for part in built.parts if isinstance(part, Part)]
+        schedule = built.lowered.schedule
+        for program, spilled in zip(built.lowered.programs, spills, strict=True):
+            if spilled > CROWDED:
+                schedule = roomier(schedule, program, order.target) or schedule
+        if schedule == built.lowered.schedule:
+            break
+        _say(f"{sum(spills)} bytes of registers spill; a smaller schedule is tried", schedule.to_json())
+        tried = _with_room(order, lower_plan(order, lowered.plan, schedule), store, given=False)
+        if sum(int(part.facts.get("spill_bytes", 0)) for part in tried.parts if isinstance(part, Part)) >= sum(spills):
+            break
+        built = tried
+    return built
+
+
+def _with_room(order: Order, lowered: Lowered, store: DiskCache, *, given: bool) -> Built:
+    """The parts of a plan, of a smaller schedule where the target has no room for a kernel and nobody has given the schedule."""
     while True:
         try:
-            return lowered, *_parts(order, lowered, store)
+            return Built(lowered, *_parts(order, lowered, store))
         except TooLarge as error:
-            program = next((p for p in lowered.programs if p.name == error.kernel), None)
-            less = None if given or program is None else smaller(lowered.schedule, program, order.target)
+            entries = {source.entry: program for program, source in zip(lowered.programs, lowered.sources, strict=True)}
+            less = None if given or error.kernel not in entries else smaller(lowered.schedule, entries[error.kernel], order.target)
             if less is None:
                 raise
             _say(f"{error.what}; a smaller schedule is tried", less.to_json())
@@ -143,11 +182,9 @@ def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[Parts, lis
                 names.append({})
             case LoopPlan():
                 inner = replace(order, cascade=step.step)
-                body, inside, files = _built(inner, lower_plan(inner, step.body, None), store, given=False)
-                executable = Executable(inner.cascade, order.target, body.schedule, order.sizes, inside, order.strided, inner=True)
-                executable.remember(body.plan, body.programs)
-                parts.append(LoopPart.of(step, types, executable))
-                names.append({"body": files})
+                body = _built(inner, lower_plan(inner, step.body, None), store, given=False)
+                parts.append(LoopPart.of(step, types, body.executable(inner, inner=True)))
+                names.append({"body": body.files})
             case KernelPlan():
                 program, source = next(kernels)
                 name = key_of(str(FORMAT), source.text, machine_text(order.target))
@@ -200,12 +237,15 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
     if current().debug:
         _trace_passes(order.cascade, order.sizes)
     plan = make_plan(order.cascade, order.sizes, **(schedule or Schedule()).plan)
+    split = default_split(plan, order.sizes, order.target) if schedule is None else {}
+    if split:
+        plan = make_plan(order.cascade, order.sizes, split=split)
+        schedule = replace(default_schedule(plan, order.sizes, order.target), split=tuple(sorted(split.items())))
     return lower_plan(order, plan, schedule)
 
 
 def lower_plan(order: Order, plan: Plan, schedule: Schedule | None) -> Lowered:
     """The kernels of a plan as sources. The bodies of loops have their own schedule, the default."""
-    from ..schedules.default import default_schedule
     from .lower import lower
 
     backend = backend_for(order.target)
