@@ -23,8 +23,8 @@ from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedErro
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan
 from ..ir.tile import TileProgram, kernel_tiles
-from ..schedules.fit import TooLarge, roomier, smaller
 from ..schedules.default import default_schedule, default_split
+from ..schedules.fit import TooLarge, roomier, smaller
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import DiskCache, key_of, package_fingerprint

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ..ir.plan import KernelPlan, Plan
-from .gpu import ceil_power, gpu_tiles
+from .gpu import ceil_power, gpu_split, gpu_tiles
 from .roles import POINTS, Roles, contracted_factors, kernel_roles
 from .schedule import Schedule
 from .target import Target
@@ -35,6 +35,14 @@ def default_schedule(plan: Plan, sizes: Mapping[str, int], target: Target) -> Sc
             same = all(other.get(rank, n) == n for _, other in tables)
             tile[rank if same else f"{kernel.name}.{rank}"] = n
     return Schedule.make(tile=tile)
+
+
+def default_split(plan: Plan, sizes: Mapping[str, int], target: Target) -> dict[str, int]:
+    """The streams that the default cuts into stretches, each with their number: on GPUs, where there are too few tasks otherwise."""
+    if target.kind == "cpu":
+        return {}
+    known = plan.cascade.solve_sizes(sizes)
+    return gpu_split(plan, {k.name: _tiles(plan, k, known, target) for k in plan.kernels}, known, target)
 
 
 def _tiles(plan: Plan, kernel: KernelPlan, sizes: Mapping[str, int], target: Target) -> dict[str, int]:

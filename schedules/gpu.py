@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from ..ir.expr import Read, Tile, reads
 from ..ir.infer import expression_ranks
+from ..ir.plan import Plan
 from ..ir.tile import Dot, Loop, Node, TileProgram, kernel_tiles
 from .roles import Factors, Roles
 from .schedule import KernelOptions, Schedule
@@ -23,6 +24,7 @@ LONGEST, SHORTEST = 128, 32  # of the stream in a tile, where products are summe
 FLAT = 4096  # elements of a tile without products
 PLAIN = 1024  # elements of a task that streams nothing
 WHOLE = 256  # elements of a product's sum that are held at once; deeper ones are done block by block
+TASKS, STRETCH = 2, 4  # tasks a core that a cut stream makes, tiles a stretch at least
 STAGED = 0.6  # of shared memory, for tiles in flight
 
 
@@ -45,6 +47,25 @@ def gpu_tiles(roles: Roles, sizes: Mapping[str, int], factors: Factors) -> dict[
         most = max(SHORTEST, min(LONGEST, BYTES // (deep * factors.bytes)))
         tile[roles.stream] = min(most, ceil_power(sizes.get(roles.stream, most), SHORTEST // 2))
     return tile
+
+
+def gpu_split(plan: Plan, tiles: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int], target: Target) -> dict[str, int]:
+    """Into how many stretches to cut a stream whose kernel has fewer tasks than the machine has cores: about two tasks a core.
+
+    A stretch holds several tiles, or merging would cost more than it wins. `tiles` are the default's, by kernel.
+    """
+    split: dict[str, int] = {}
+    for kernel in plan.kernels:
+        table = tiles[kernel.name]
+        if kernel.stream is None or kernel.stream not in sizes or not any(stage.states for stage in kernel.stages):
+            continue
+        tasks = math.prod(-(-sizes.get(rank, 1) // n) for rank, n in table.items() if rank != kernel.stream)
+        wanted = TASKS * target.cores // max(1, tasks)
+        most = sizes[kernel.stream] // (STRETCH * table[kernel.stream])
+        parts = 1 << max(0, min(wanted, most)).bit_length() - 1 if min(wanted, most) > 0 else 1
+        if tasks < target.cores and parts > 1:
+            split[kernel.stream] = max(parts, split.get(kernel.stream, 1))
+    return split
 
 
 def _flat_tiles(roles: Roles, sizes: Mapping[str, int], tile: dict[str, int], budget: int) -> dict[str, int]:

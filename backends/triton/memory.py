@@ -216,6 +216,7 @@ class MemoryAccess(Kernel):
     def load(self, e: Read, digits: Digits, wanted: str) -> Value:
         """The elements at the coordinates of `e`, in the type of memory; 0 where a lane holds no element."""
         array = self.arrays[e.tensor]
+        e, kept = self._unclamped(e, array)
         used = tuple((rank, digits[rank]) for rank in sorted(digits) if _mentions(e, rank))
         key = ("load", e, used)
         for scope in self.scopes:
@@ -224,7 +225,7 @@ class MemoryAccess(Kernel):
         text, axes = self.address(array, e.coords, digits, wanted)
         scope = self.deeper(self.scope_of(e), self.scope_of_ranks(tuple(r for name in axes for r in self.axes.named(name).ranks)))
         mask = self.holds(axes)
-        mask = mask.joined(Mask(tuple(self._inside(e, array, digits))))
+        mask = mask.joined(Mask(tuple(self._inside(e, array, digits, kept))))
         condition, always = self.mask_text(mask, axes)
         fill = 0 if e.fill is None else e.fill.value
         other = ts.number_text(fill if not isinstance(fill, bool) else int(fill))
@@ -234,11 +235,29 @@ class MemoryAccess(Kernel):
         v = Value(f"tl.load({text})", array.loaded, array.dtype, axes, clean=clean)
         return self.define(wanted, v, scope, key)
 
-    def _inside(self, e: Read, array: Array, digits: Digits) -> list[Value]:
+    def _unclamped(self, e: Read, array: Array) -> tuple[Read, frozenset[str]]:
+        """`e` without clamps that a loop's domain makes needless, and the ranks along which the domain keeps it inside.
+
+        Outside the domain the element is not needed, so that lanes there are masked instead.
+        """
+        conditions = {c for scope in self.scopes[1:] if scope.loop is not None for c in scope.loop.conditions}
+        coords, kept = [], set()
+        for rank, c in zip(array.ranks, e.coords, strict=True):
+            match c:
+                case Op(name="minimum", args=(x, Op(name="sub", args=(Extent(rank=r), Const(value=1))))) if (
+                    r == rank and Op("lt", (x, Extent(r))) in conditions and self.is_natural(x)
+                ):
+                    coords.append(x)
+                    kept.add(rank)
+                case _:
+                    coords.append(c)
+        return replace(e, coords=tuple(coords)), frozenset(kept)
+
+    def _inside(self, e: Read, array: Array, digits: Digits, kept: frozenset[str]) -> list[Value]:
         """The tests that coordinates lie in the tensor: where they may leave it, and nothing has moved them back."""
         tests = []
         for rank, c in zip(array.ranks, e.coords, strict=True):
-            if self._stays(c, rank) or (e.fill is None and reads_memory(c)):
+            if rank in kept or self._stays(c, rank) or (e.fill is None and reads_memory(c)):
                 continue
             v = self.coordinate(c, digits)
             if not self.is_natural(c):
@@ -255,6 +274,8 @@ class MemoryAccess(Kernel):
                 return r == rank
             case Op(name="floordiv", args=(Index(rank=r), Extent(rank=inner))):
                 return self._is_product(r, rank, inner)
+            case Op(name="minimum", args=(x, Op(name="sub", args=(Extent(rank=r), Const(value=1))))):
+                return r == rank and self.is_natural(x)
             case Const(value=int(k)):
                 n = self.extents[rank].number if rank in self.extents else None
                 return n is not None and 0 <= k < n

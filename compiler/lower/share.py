@@ -247,13 +247,15 @@ def drop_dead(nodes: tuple[Node, ...], live: set[str]) -> tuple[Node, ...]:
 
 
 def simplify(e: Expr) -> Expr:
-    """`e` without multiplications by one and additions of zero made by the derivation."""
+    """`e` without multiplications by one and repeated maxima made by the derivation."""
 
     def rule(node: Expr) -> Expr | None:
         match node:
             case Op(name="mul", args=(Const(value=1.0), x)) | Op(name="mul", args=(x, Const(value=1.0))):
                 return x
             case Op(name="exact", args=(x,)):
+                return x
+            case Op(name="maximum" | "minimum" as name, args=(Op(name=inner, args=(_, b)) as x, c)) if name == inner and b == c:
                 return x
             case _:
                 return None
