@@ -1,6 +1,6 @@
 """Kernels as operators of PyTorch, for `torch.compile` and `torch.export`, which call them without looking inside.
 
-    einfall::attention_1f0c9a2b(Tensor Q, Tensor K, Tensor V, float scale) -> Tensor
+    einfall::scores_1f0c9a2b(Tensor Q, Tensor K, float scale) -> Tensor
 
 One operator a cascade: a kernel at some input types and static arguments. Its name ends in a hash of the cascade's text, so it is the
 same in every process. It is registered when a call is first traced. Its fake kernel gives shapes and types from the cascade alone.
