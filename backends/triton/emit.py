@@ -292,6 +292,8 @@ class Emitter(Contractions):
         plain = not loop.conditions and loop.bounds.begin == Const(0) and loop.bounds.end == Extent(loop.rank)
         if plain and size is not None and size % loop.tile == 0:
             return "never"
+        if len(self.scopes) > 1 or any(isinstance(node, Loop) for node in loop.body):
+            return "always"  # `edge` stands for one loop
         never_whole = loop.bounds.whole_end == Const(0) or (size is not None and size < loop.tile)
         return "always" if never_whole or self.options.edge == "mask" else "some"
 

@@ -23,7 +23,7 @@ from ...ir.expr import (
     Tile,
 )  # fmt: skip
 from ...ir.infer import expression_type
-from ...ir.types import DType, f32, i32, i64
+from ...ir.types import DType, boolean, f32, i32, i64
 from . import script as ts
 from .arithmetic import BYTES, DECIDING
 from .kernel import Digits, Mask
@@ -31,6 +31,7 @@ from .memory import MemoryAccess
 from .script import Value, held_type
 
 LOWEST = -3.4028234663852886e38
+FAR = 1e38  # of exponents: times log2(e) it is still a number
 IDENTITIES = {"max": float("-inf"), "min": float("inf"), "sum": 0.0, "prod": 1.0, "any": False, "all": True}
 
 
@@ -121,7 +122,10 @@ class Evaluator(MemoryAccess):
         return self.operation("mul", [x, one])
 
     def _base_two(self, e: Expr, digits: Digits) -> Value | None:
-        """exp(a - b) with fewer values of b than of a: a power of two whose exponent is one fused multiply-add a value."""
+        """exp(a - b) with fewer values of b than of a: a power of two whose exponent is one fused multiply-add a value.
+
+        Where b times log2(e) would overflow, neighbours of b are so far from it that any smaller factor tells the same: 0, 1 or infinity.
+        """
         match e:
             case Op(name="sub", args=(x, y)) if not isinstance(y, Const):
                 pass
@@ -130,9 +134,13 @@ class Evaluator(MemoryAccess):
         a, b = (self.value(part, digits) for part in (x, y))
         if not set(b.axes) < set(a.axes) or not (a.dtype.is_float and b.dtype.is_float):
             return None
-        by = ts.constant(math.log2(math.e))
-        low = self.infix("*", self.held(self.computed(b), "float32"), by, "float32", f32)
-        shift = self.define(f"{b.text}_2" if b.text.isidentifier() else "shift_2", low, self.scope_of(y), ("base two", low.text))
+        origin, scope = self.held(self.computed(b), "float32"), self.scope_of(y)
+        small = self.infix("<", ts.call("tl.abs", origin), ts.constant(FAR), "int1", boolean)
+        chosen = self.select(small, ts.constant(math.log2(math.e)), ts.constant(2.0**-10))
+        name = b.text if b.text.isidentifier() else "shift"
+        by = self.define(f"by_{name}", chosen, scope, ("factor of base two", origin.text))
+        low = self.infix("*", origin, by, "float32", f32)
+        shift = self.define(f"{name}_2", low, scope, ("base two", low.text))
         high = self.infix("*", self.held(self.computed(a), "float32"), by, "float32", f32)
         return ts.call("tl.exp2", self.infix("-", high, shift, "float32", f32))
 

@@ -124,7 +124,8 @@ class Reductions(Evaluator):
         if node.exclusive:
             named = self.define(f"{node.dst}_run", running, self.here)
             lane = self.lane(axis)
-            before = ts.call("tl.maximum", ts.add(lane, ts.constant(-1)), ts.constant(0), order=self.order, type="int32", dtype=i32)
+            previous = ts.add(lane, ts.constant(-1), self.order)
+            before = ts.call("tl.maximum", previous, ts.constant(0), order=self.order, type="int32", dtype=i32)
             index = self.expanded(before, axes, self.shape(axes))
             shifted = Value(f"tl.gather({named.text}, {index.text}, {place})", named.type, t, axes)
             running = self.select(self.infix(">", lane, ts.constant(0)), shifted, ts.constant(self._identity(node.op, t), t))
