@@ -42,7 +42,6 @@ class Database:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self.connection = connection
-        self._written: set[tuple[str, str]] = set()
 
     @staticmethod
     def open(path: str | Path, *, create: bool = False, read_only: bool = False) -> Database:
@@ -72,16 +71,12 @@ class Database:
         Raises `DatabaseError`, and adds nothing, for one that no reader would take.
         """
         found = [storing.rows_of(m) for m in measurements]
-        fresh: set[tuple[str, str]] = set()
         with self.writing() as connection:
-            for name, row in (each for rows in found for each in rows):
-                if (name, row[0]) not in self._written and (name, row[0]) not in fresh:
-                    connection.execute(storing.INSERTIONS[name], row)
-                    fresh.add((name, row[0]))
+            for name, row in dict.fromkeys(each for rows in found for each in rows):
+                connection.execute(storing.INSERTIONS[name], row)
             contested = (self._contested(m, rows[-1][1]) for m, rows in zip(measurements, found, strict=True))
             for key in dict.fromkeys(key for key in contested if key is not None):
                 choice.settle(connection, key)
-        self._written |= {name for name in fresh if name[0] not in ("measurement", "evidence")}
         return tuple(rows[-1][1][0] for rows in found)
 
     def best(self, workload: str, device: str, toolchain: str) -> Record | None:

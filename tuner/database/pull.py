@@ -58,7 +58,8 @@ def _databases(server: str) -> tuple[str, ...] | None:
 
 def _pull_one(database: Database, server: str, name: str, on_segment: Advance) -> Shared:
     place = f"{server}/{quote(name)}"
-    taken, segments = Taken(), []
+    taken = Taken()
+    segments: list[str] = []
     after, first = 0, True
     while True:
         try:

@@ -106,9 +106,8 @@ class Table:
     def verified(self, rows: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
         """Those of `rows` (id first) that hash to their own name."""
         for row in rows:
-            name, *values = row
-            if self.is_named_right(name, values):
-                yield (name, *values)
+            if row and self.is_named_right(row[0], row[1:]):
+                yield tuple(row)
 
 
 def _stored(value: Value, kind: Kind) -> Value:
