@@ -54,7 +54,7 @@ class Worker:
         self.words = open(self.scratch / "words", "wb+")  # noqa: SIM115  closed with the process
         self.served = 0
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py"))],
+            [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.scratch)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, env=environment, start_new_session=True,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@
     -> {"ok": false, "kind": class, "error": message}
 
 LLVM can end the whole process, a kernel can compile for ever, and Triton decides once a process whether it compiles or interprets:
-so the parent never imports it. Whatever Triton prints goes to stderr; stdout carries the answers alone. It ends with its stdin.
+so the parent never imports it. Whatever Triton prints goes to stderr; stdout carries the answers alone. It ends with its stdin, and removes the folder it is given.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ def main() -> None:
         answers.write(json.dumps(answer(job)) + "\n")
         answers.flush()
         signal.alarm(0)
+    for scratch in sys.argv[1:]:  # the parent has ended, or it would have removed its folder itself
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def answer(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -216,6 +218,21 @@ def test_a_process_that_dies_or_hangs_is_replaced(monkeypatch):
         endless = "    for i in tl.static_range(0, 1000000000):\n        n_m += i * n_k\n    tl.store(X, n_m.to(tl.bfloat16))\n"
         build(matmul("cuda:sm_80", body=endless), seconds=3)
     assert build(matmul("cuda:sm_80", name="after")).module.full.name == "after"
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    code = """
+import os, sys
+from einfall.backends.triton.process import Worker
+worker = Worker()
+print(worker.process.pid, worker.scratch, flush=True)
+os._exit(0)  # as if it were killed
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    end = time.monotonic() + 60
+    while (Path(f"/proc/{said[0]}").exists() or Path(said[1]).exists()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(said[1]).exists()
 
 
 def test_no_triton_is_one_sentence(monkeypatch):
