@@ -7,7 +7,8 @@
     -> {"ok": false, "kind": class, "error": message}
 
 LLVM can end the whole process, a kernel can compile for ever, and Triton decides once a process whether it compiles or interprets:
-so the parent never imports it. Whatever Triton prints goes to stderr; stdout carries the answers alone. It ends with its stdin, and removes the folder it is given.
+so the parent never imports it. Whatever Triton prints goes to stderr; stdout carries the answers alone. It ends with its stdin, and
+removes the folder it is given.
 """
 
 from __future__ import annotations
