@@ -168,21 +168,28 @@ def architecture(target: Target) -> list[str | int]:
 def kernel_file(source: Source) -> Path:
     """A file that holds the source, named by its content; written where it is not there yet. A reader never sees half of it.
 
-    Without a cache it lies in a folder of this process.
+    Without a cache that can be written it lies in a folder of this process.
     """
-    folder = current().cache or _own_folder(os.getpid())
-    path, data = folder / "triton" / f"kernel_{hashlib.sha256(source.text.encode()).hexdigest()[:32]}.py", source.text.encode()
+    data, root = source.text.encode(), current().cache
+    name = f"kernel_{hashlib.sha256(data).hexdigest()[:32]}.py"
+    if root is not None:
+        with suppress(OSError):
+            return _written(root / "triton" / name, data)
+    try:
+        return _written(_own_folder(os.getpid()) / name, data)
+    except OSError as error:
+        raise BuildError(f"no file can be written for {source.entry}: {error}", hint="set EINFALL_CACHE to a folder of yours") from None
+
+
+def _written(path: Path, data: bytes) -> Path:
     with suppress(OSError):
         if path.read_bytes() == data:
             return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, beside = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(beside, path)
-    except OSError as error:
-        raise BuildError(f"{path} cannot be written: {error.strerror}", hint="set EINFALL_CACHE to a folder of yours") from None
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, beside = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(beside, path)
     return path
 
 

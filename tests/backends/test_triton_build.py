@@ -399,6 +399,10 @@ def test_the_file_of_a_source_is_named_by_its_content(tmp_path):
         assert kernel_file(matmul("cuda:sm_90")) == path and kernel_file(matmul("cuda:sm_80", stages=2)) != path
         path.write_text("something else")
         assert kernel_file(matmul("cuda:sm_80")).read_text() == matmul("cuda:sm_80").text
+    (tmp_path / "file").write_text("no folder")
+    for place in (None, tmp_path / "file"):
+        with ef.configure(cache=place):
+            assert kernel_file(matmul("cuda:sm_80")).read_text() == matmul("cuda:sm_80").text
 
 
 # -- how many run at once ---------------------------------------------------------------------------------------------------------------
