@@ -1,17 +1,20 @@
 """The schedule a kernel call runs with: the best one known for its extents, found in microseconds, never raising.
 
-Exact extents are asked of the file; then the nearest extents of the same bucket; then the nearest of the family, if near at all.
-The answer is a suggestion: the caller checks its legality for the plan at hand and falls back on the default. Whatever is wrong
-with the file is a miss, and `Lookup.problem` says what it was.
+Exact extents are asked of the file; then the nearest extents of the same bucket; then the nearest of the family, if near at all. What
+was tuned for other extents answers only if it held its own against the default there, side by side. The answer is a suggestion: the
+caller checks its legality for the plan at hand and falls back on the default. Whatever is wrong with the file is a miss and one
+warning, and `Lookup.problem` says what it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sqlite3
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +26,8 @@ from ..ir.types import DType, dtype
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target
 from .database import schema
-from .database.records import Invalid, extents_of, extents_text, family_of, parse_schedule, parse_workload
+from .database.choice import MAX_TIE
+from .database.records import Invalid, extents_of, extents_text, family_of, parse_schedule, parse_workload, workload_id
 from .device import describe_device, describe_toolchain
 
 Source = Literal["exact", "bucket", "nearest"]
@@ -32,14 +36,12 @@ MAX_DISTANCE = 2.0  # in powers of two, summed over the ranks; beyond it the def
 TRUST_SECONDS = 0.5  # how long an answer is repeated before the file is asked whether it has changed
 MAX_MEMO = 8192
 MAX_FAMILY = 20_000
+MAX_WARNINGS = 20
 
-_EXACT = (
-    "SELECT workload, schedule, schedule_json FROM best WHERE family = ? AND extents = ? AND device = ? AND toolchain = ? "
-    "ORDER BY preference LIMIT 1"
-)
+_EXACT = "SELECT schedule, schedule_json FROM best WHERE workload = ? AND device = ? AND toolchain = ? ORDER BY preference LIMIT 1"
 _FAMILY = (
     "SELECT workload, extents, schedule, schedule_json FROM best WHERE family = ? AND device = ? AND toolchain = ? "
-    f"ORDER BY preference, workload LIMIT {MAX_FAMILY}"
+    f"AND relative <= {1 + MAX_TIE} ORDER BY preference, workload LIMIT {MAX_FAMILY}"
 )
 
 
@@ -77,6 +79,7 @@ class Lookup:
         self._families: dict[_Key, _Family] = {}
         self._schedules: _Schedules = {}
         self._keys: dict[tuple[object, ...], tuple[Cascade, Target, _Key]] = {}
+        self._told: set[str] = set()
 
     def find(
         self, cascade: Cascade, sizes: Mapping[str, int], target: Target, dtypes: Mapping[str, str | DType] | None = None
@@ -130,7 +133,18 @@ class Lookup:
         except (EinfallError, OSError) as error:
             self._disconnect()
             self._clear()
-            self.problem = str(schema.missing(self.path) if isinstance(error, FileNotFoundError) else error)
+            if os.path.lexists(self.path):
+                self._complain(str(error))
+            else:  # nothing was tuned yet: that is no fault
+                self.problem = str(schema.missing(self.path))
+
+    def _complain(self, problem: str) -> None:
+        """Keeps what was wrong, and warns of it once; a warning that was made an error must not end the call."""
+        self.problem = problem
+        if problem not in self._told and len(self._told) < MAX_WARNINGS:
+            self._told.add(problem)
+            with contextlib.suppress(RuntimeWarning):
+                warnings.warn(f"einfall: kernels run with what is known without {self.path}: {problem}", RuntimeWarning, stacklevel=6)
 
     def _stamp_of(self) -> object:
         """What changes when the file is replaced or written to."""
@@ -160,8 +174,11 @@ class Lookup:
             key = self._key(cascade, target, dtypes)
             extents = extents_of(cascade, sizes)
             return self._exact(connection, key, extents) or self._family(connection, key).nearest(extents, self._schedules)
-        except (sqlite3.Error, EinfallError) as error:
+        except EinfallError as error:  # the call itself: its own check says so better than a warning
             self.problem = str(error)
+            return None
+        except sqlite3.Error as error:
+            self._complain(f"{type(error).__name__}: {error}")
             return None
 
     def _key(self, cascade: Cascade, target: Target, dtypes: Mapping[str, str | DType] | None) -> _Key:
@@ -176,14 +193,14 @@ class Lookup:
         return known[2]
 
     def _exact(self, connection: sqlite3.Connection, key: _Key, extents: tuple[tuple[str, int], ...]) -> Found | None:
-        text = extents_text(extents)
-        row = connection.execute(_EXACT, (key.family, text, key.device, key.toolchain)).fetchone()
+        workload = workload_id(key.family, extents_text(extents))
+        row = connection.execute(_EXACT, (workload, key.device, key.toolchain)).fetchone()
         if row is None:
             return None
         try:
-            parse_workload(row[0], key.family, text)
-            return Found(_schedule(row[2], row[1], self._schedules), "exact", row[0])
-        except Invalid:
+            return Found(_schedule(row[1], row[0], self._schedules), "exact", workload)
+        except Invalid as error:
+            self._complain(f"the winner of workload {workload} cannot be used, {error}; `einfall db verify` tells more")
             return None
 
     def _family(self, connection: sqlite3.Connection, key: _Key) -> _Family:
@@ -191,6 +208,8 @@ class Lookup:
         if family is None:
             rows = connection.execute(_FAMILY, (key.family, key.device, key.toolchain)).fetchall()
             family = self._families[key] = _Family(key.family, rows)
+            if family.problem is not None:
+                self._complain(f"{family.problem}; `einfall db verify` tells more")
         return family
 
 
@@ -200,11 +219,13 @@ class _Family:
     def __init__(self, family: str, rows: list[tuple[Any, ...]]) -> None:
         import numpy as np
 
+        self.problem: str | None = None
         usable: dict[str, tuple[tuple[tuple[str, int], ...], object, object]] = {}
         for workload, text, schedule, schedule_json in rows:
             try:
                 extents = parse_workload(workload, family, text)
-            except Invalid:
+            except Invalid as error:
+                self.problem = str(error)
                 continue
             if all(extent > 0 for _, extent in extents):
                 usable.setdefault(workload, (extents, schedule, schedule_json))

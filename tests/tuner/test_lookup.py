@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from einfall.schedules.schedule import Schedule
 from einfall.schedules.target import load_target
 from einfall.tuner import lookup as looking
 from einfall.tuner.database import Database, Workload
+from einfall.tuner.database.records import family_of
 from einfall.tuner.device import describe_device, describe_toolchain
 from einfall.tuner.lookup import Lookup, best_schedule
 from made_up import measurement
+
+pytestmark = pytest.mark.filterwarnings("ignore:einfall. kernels run with what is known:RuntimeWarning")
 
 TEXT = """\
 cascade rows(X[m,p]: f32) -> Y[m]
@@ -26,10 +30,11 @@ TARGET = load_target("cpu")
 
 
 def store(path: Path, tile: int, cascade=CASCADE, **sizes: int) -> Schedule:
-    """Records a winner at these extents."""
+    """Records a winner at these extents, twice as fast as the default was beside it."""
     m = measurement(
-        tile, 1.0, 1.0, 1.0, workload=Workload.of(cascade, sizes), device=describe_device(TARGET), toolchain=describe_toolchain(TARGET)
-    )
+        tile, 1.0, 1.0, 1.0, workload=Workload.of(cascade, sizes), device=describe_device(TARGET), toolchain=describe_toolchain(TARGET),
+        role="final", baseline_ms=2.0,
+    )  # fmt: skip
     with Database.open(path, create=True) as db:
         db.record(m)
     return m.schedule
@@ -82,8 +87,12 @@ def test_another_device_or_toolchain_is_a_miss(path):
     sizes = {"m": 64, "p": 64}
     assert Lookup(path).find(CASCADE, sizes, replace(TARGET, description="another processor")) is None
     assert Lookup(path).find(CASCADE, sizes, replace(TARGET, cores=TARGET.cores + 1)) is None
+    with Database.open(path) as db:
+        (seed,) = db.relatives(family_of(CASCADE))
     edit(path, "UPDATE best SET toolchain = 'another'")
     assert Lookup(path).find(CASCADE, sizes, TARGET) is None
+    with Database.open(path) as db:  # no answer any more, but still a seed of a search
+        assert [(r.schedule, r.toolchain) for r in db.relatives(family_of(CASCADE))] == [(seed.schedule, "another")]
 
 
 def test_what_is_written_later_is_seen(path, monkeypatch):
@@ -99,8 +108,8 @@ def test_what_is_written_later_is_seen(path, monkeypatch):
     monkeypatch.setattr(looking, "TRUST_SECONDS", 0.0)
     with Database.open(path) as db:
         better = measurement(
-            16, 0.5, 0.5, 0.5,
-            workload=Workload.of(CASCADE, sizes), device=describe_device(TARGET), toolchain=describe_toolchain(TARGET),
+            16, 0.5, 0.5, 0.5, workload=Workload.of(CASCADE, sizes), device=describe_device(TARGET), toolchain=describe_toolchain(TARGET),
+            role="final", baseline_ms=2.0,
         )  # fmt: skip
         db.record(better)
     assert lookup.find(CASCADE, sizes, TARGET).schedule == better.schedule
@@ -170,11 +179,68 @@ def test_a_hostile_value_is_a_miss(path, column):
 
 
 def test_extents_of_another_call_cannot_be_passed_off(path):
-    """A row whose extents were edited does not hash to its workload, so it answers neither call."""
-    store(path, 8, m=64, p=64)
+    """A row whose extents were edited does not hash to its workload: it answers the call it was made for, and no other."""
+    schedule = store(path, 8, m=64, p=64)
     edit(path, "UPDATE best SET extents = 'm=1,p=1'")
-    assert Lookup(path).find(CASCADE, {"m": 1, "p": 1}, TARGET) is None
-    assert Lookup(path).find(CASCADE, {"m": 64, "p": 64}, TARGET) is None
+    with pytest.warns(RuntimeWarning, match="is not that of its extents"):
+        assert Lookup(path).find(CASCADE, {"m": 1, "p": 1}, TARGET) is None
+    assert Lookup(path).find(CASCADE, {"m": 64, "p": 64}, TARGET).schedule == schedule
+
+
+def test_other_extents_answer_only_with_what_held_its_own_against_the_default(path):
+    known = {"device": describe_device(TARGET), "toolchain": describe_toolchain(TARGET)}
+    sizes = [{"m": 64, "p": 1000 + 100 * i} for i in range(3)]
+    trial = measurement(8, 1.0, 1.0, 1.0, workload=Workload.of(CASCADE, sizes[0]), **known)
+    slower = measurement(16, 1.0, 1.0, 1.0, workload=Workload.of(CASCADE, sizes[1]), role="final", baseline_ms=0.9, **known)
+    better = measurement(32, 1.0, 1.0, 1.0, workload=Workload.of(CASCADE, sizes[2]), role="final", baseline_ms=1.1, **known)
+    with Database.open(path, create=True) as db:
+        db.record_all([trial, slower])
+    assert Lookup(path).find(CASCADE, {"m": 64, "p": 1010}, TARGET) is None
+    assert Lookup(path).find(CASCADE, sizes[0], TARGET).schedule == trial.schedule  # its own extents need no such proof
+    with Database.open(path) as db:
+        db.record(better)
+    assert Lookup(path).find(CASCADE, {"m": 64, "p": 1010}, TARGET).schedule == better.schedule
+
+
+def test_a_file_that_cannot_be_used_warns_once_and_never_raises(path):
+    sizes = {"m": 64, "p": 64}
+    store(path, 8, **sizes)
+    edit(path, "UPDATE best SET schedule_json = '{}'")
+    lookup = Lookup(path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for i in range(20):
+            lookup.forget()
+            assert lookup.find(CASCADE, {"m": 64, "p": 64 + i % 2}, TARGET) is None
+    assert [str(w.message) for w in told if "cannot be used" in str(w.message)] != [] and len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Lookup(path).find(CASCADE, sizes, TARGET) is None
+        path.write_bytes(b"no database at all" * 20)
+        assert Lookup(path).find(CASCADE, sizes, TARGET) is None
+
+
+def test_a_file_that_is_not_there_is_no_fault(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lookup = Lookup(path)
+        assert lookup.find(CASCADE, {"m": 64, "p": 64}, TARGET) is None
+    assert "no tuning database" in lookup.problem
+
+
+def test_a_clock_that_jumps_decides_nothing(path, monkeypatch):
+    """Names of events hold a time, for people; who wins, what is found and what is new do not depend on it."""
+    import time
+
+    sizes = {"m": 64, "p": 64}
+    answers = []
+    for clock in ([1e9, 2e9, 3e9], [3e9, 1e9, -5.0]):
+        path.unlink(missing_ok=True)
+        for tile, now in zip((8, 16, 32), clock, strict=True):
+            monkeypatch.setattr(time, "time", lambda now=now: now)
+            store(path, tile, **sizes)
+        answers.append(Lookup(path).find(CASCADE, sizes, TARGET).schedule)
+    assert answers[0] == answers[1]
 
 
 def test_missing_extents_are_a_miss(path):
