@@ -22,10 +22,12 @@ from ..tvm.prepare import Stream, tile_table, to_steps
 from ..tvm.script import Alloc, Let, Names, Statement, Value, render
 from ..tvm.streams import as_int64
 from ..tvm.tiles import storage_type
-from .body import Body, check_dots
+from .body import emit_steps
 from .evaluate import Registers, ThreadEvaluator
 from .helpers import helpers_c
-from .spread import WARP, Block, Spread, loops_of, spread_tiles, tile_sizes
+from .kernel import Kernel
+from .reductions import check_dots
+from .spread import THREADS, WARP, Block, Spread, loops_of, spread_tiles, tile_sizes
 from .steps import Partial, Step, Whole, keep_partial, read_once
 
 ENTRY = "main"
@@ -36,6 +38,7 @@ MOST = 256  # elements of a tile that a thread may hold
 def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: frozenset[str] = frozenset()) -> Source:
     """The kernel as source. `strided` names tensors whose last axis may have a stride other than 1.
 
+    Of the schedule only the warps of the kernel's options are asked; tiles are in the program, and how they lie over threads follows.
     Raises `UnsupportedError` naming the statement for what needs tensor cores or has no CUDA helper.
     """
     names = Names()
@@ -43,7 +46,7 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
         names.fresh(reserved)
     memory = Memory(program, names, strided)
     types = {t.name: t.dtype for t in program.inputs}
-    block = spread_tiles(program, {**types, **{o.name: o.dtype for o in program.outputs}})
+    block = spread_tiles(program, {**types, **{o.name: o.dtype for o in program.outputs}}, _threads(program, schedule, target))
     check_dots(program, block)
     steps: tuple[Step, ...] = keep_partial(to_steps(program.body))
     steps = read_once(steps, types, tile_sizes(program), lambda ranks: _held(block, ranks) <= SHARED)
@@ -59,15 +62,22 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
         names, memory, registers, {n: entry[1] for n, entry in table.items()}, _places(program, block, names), starts, block
     )
     digits = {rank: ts.name(names.fresh("tid", rank)) for rank, s in block.spreads.items() if s.threads > 1}
-    body = Body(program, names, evaluator, block, digits)
+    kernel = Kernel(program, names, evaluator, block, digits)
     task: list[Statement] = []
-    body.emit(steps, (), task)
-    lines = _function(body, starts, [*_allocations(registers, task), *task])
+    emit_steps(kernel, steps, (), task)
+    lines = _function(kernel, starts, [*_allocations(registers, task), *task])
     signature = pformat(signature_of_kernel(program, memory, block).to_literal(), width=136, sort_dicts=False)
     head = f'"""Kernel {program.name} for {target.name}, emitted by einfall: {block.threads} threads a block.\n\n{_layout(block)}\n"""'
     helpers = helpers_c(tuple(sorted(evaluator.helpers)))
     constants = f"SIGNATURE = {signature}\n\nCU = r'''\n{helpers}\n'''"
     return Source.make(f"{head}\n\nfrom tvm.script import tirx as T\n\n{constants}\n\n\n" + "\n".join(lines) + "\n", ENTRY, target)
+
+
+def _threads(program: TileProgram, schedule: Schedule, target: Target) -> int:
+    """The most threads that a block may have, a power of two: as the schedule says, else as is usual."""
+    options = dict(schedule.kernel).get(program.name)
+    asked = THREADS if options is None else options.warps * WARP
+    return 1 << (min(asked, target.limit("threads", THREADS)).bit_length() - 1)
 
 
 def signature_of_kernel(program: TileProgram, memory: Memory, block: Block) -> Signature:
@@ -78,7 +88,7 @@ def signature_of_kernel(program: TileProgram, memory: Memory, block: Block) -> S
         parameters.append(Parameter(f"{array.name}_ptr", "pointer", name, f"*{array.dtype}"))
         strides = [(i, s) for i, s in enumerate(array.strides) if s.isidentifier()]
         parameters += [Parameter(s, "stride", name, "i64", i) for i, s in strides]
-    told = _told(program, memory)
+    told = _told(memory)
     parameters += [Parameter(v.text, "extent", rank, "i64") for rank, v in memory.extents.items() if v.text in told]
     parameters += [Parameter(v.text, "scalar", name, kinds[v.dtype]) for name, v in memory.scalars.items()]
     sizes = {d.name: program.static_size(d.name) for d in program.ranks}
@@ -148,11 +158,11 @@ def _places(program: TileProgram, block: Block, names: Names) -> dict[str, RankP
     return places
 
 
-def _function(body: Body, starts: Mapping[str, Value], task: list[Statement]) -> list[str]:
+def _function(kernel: Kernel, starts: Mapping[str, Value], task: list[Statement]) -> list[str]:
     """The whole function: parameters, extents, the grid, the thread's digits."""
-    program, memory, block = body.program, body.evaluator.memory, body.block
+    program, memory, block = kernel.program, kernel.evaluator.memory, kernel.block
     # an extent that a composed axis tells is an argument as well: TVM would put its formula in its place, which no launcher can fill in
-    told = [let for let in memory.derived if let.name in _told(program, memory)]
+    told = [let for let in memory.derived if let.name in _told(memory)]
     parameters = [*memory.parameters(), *(f"{let.name}: T.int64" for let in told)]
     lines = ["@T.prim_func(s_tir=True)", f"def {ENTRY}({', '.join(parameters)}):", '    T.func_attr({"tirx.noalias": True})']
     lines += [f"    {line.replace(', offset_factor=1', '')}" for line in memory.bindings()]
@@ -162,42 +172,42 @@ def _function(body: Body, starts: Mapping[str, Value], task: list[Statement]) ->
     for axis in program.grid:
         count = ts.ceil_div(memory.extent(axis.rank), axis.tile)
         total = ts.mul(total, count)
-        counts[axis.rank] = _named_count(body, axis, count, inner)
+        counts[axis.rank] = _named_count(kernel, axis, count, inner)
     lines += [f'    task = T.launch_thread("blockIdx.x", {total.text})', f'    tid = T.launch_thread("threadIdx.x", {block.threads})']
-    _split(body, starts, counts, inner)
+    _split(kernel, starts, counts, inner)
     for axis in program.grid:
         if axis.tile > 1:
-            start = body.evaluator.places[axis.rank].start.text
+            start = kernel.evaluator.places[axis.rank].start.text
             inner.append(Let(start, as_int64(ts.mul(starts[axis.rank], ts.integer(axis.tile)))))
-    for rank, digit in body.digits.items():
+    for rank, digit in kernel.digits.items():
         spread = block.spreads[rank]
         own = ts.quotient(ts.name("tid"), ts.integer(1 << spread.shift))
         highest = spread.threads << spread.shift == block.threads
         inner.append(Let(digit.text, own if highest else ts.remainder(own, ts.integer(spread.threads))))
     inner += task
-    head = ['    with T.attr(T.int32(0), "pragma_import_c", CU):'] if body.evaluator.helpers else []
+    head = ['    with T.attr(T.int32(0), "pragma_import_c", CU):'] if kernel.evaluator.helpers else []
     return [*lines, *head, *(line.replace("annotations=STACK", 'scope="local"') for line in render(inner, 1 + len(head)))]
 
 
-def _told(program: TileProgram, memory: Memory) -> set[str]:
+def _told(memory: Memory) -> set[str]:
     """The names of the extents that shapes of tensors tell."""
-    ranks = {rank for t in (*program.inputs, *(o.output for o in program.outputs)) for axis in t.axes for rank in axis}
+    ranks = {rank for array in memory.arrays.values() for axis in array.axes for rank in axis}
     return {v.text for rank, v in memory.extents.items() if rank in ranks and v.number is None}
 
 
-def _named_count(body: Body, axis: GridRank, count: Value, out: list[Statement]) -> Value:
+def _named_count(kernel: Kernel, axis: GridRank, count: Value, out: list[Statement]) -> Value:
     """How many tasks there are along a rank, under a name within the task: what stands outside would be an argument of the launch."""
     if count.number is not None or count.text.isidentifier():
         return count
-    name = body.names.fresh(f"tiles_{axis.rank}")
+    name = kernel.names.fresh(f"tiles_{axis.rank}")
     out.append(Let(name, as_int64(count)))
     return Value(name, "int64")
 
 
-def _split(body: Body, starts: Mapping[str, Value], counts: Mapping[str, Value], out: list[Statement]) -> None:
+def _split(kernel: Kernel, starts: Mapping[str, Value], counts: Mapping[str, Value], out: list[Statement]) -> None:
     """The indices of a task along the grid's ranks, the last rank fastest."""
-    turning = [axis for axis in body.program.grid if counts[axis.rank].number != 1]
-    for axis in body.program.grid:
+    turning = [axis for axis in kernel.program.grid if counts[axis.rank].number != 1]
+    for axis in kernel.program.grid:
         if axis not in turning:
             out.append(Let(starts[axis.rank].text, Value("T.int64(0)", "int64")))
     rest = Value('T.Cast("int64", task)', "int64")
@@ -207,6 +217,6 @@ def _split(body: Body, starts: Mapping[str, Value], counts: Mapping[str, Value],
             out.append(Let(starts[axis.rank].text, rest))
             continue
         out.append(Let(starts[axis.rank].text, as_int64(ts.remainder(rest, count))))
-        name = body.names.fresh("rest")
+        name = kernel.names.fresh("rest")
         out.append(Let(name, as_int64(ts.quotient(rest, count))))
         rest = Value(name, "int64")
