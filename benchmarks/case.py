@@ -14,7 +14,7 @@ import einfall as ef
 import torch
 
 Size = Literal["tiny", "short", "full"]
-Group = Literal["prefill", "decode", "quantize", "verify", "fused"]
+Group = Literal["prefill", "decode", "quantize", "verify", "fused", "dispatch"]
 Roof = Literal["", "read", "copy"]
 Tensors = Sequence[torch.Tensor]
 Function = Callable[..., Any]
@@ -53,9 +53,10 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What a row should reach: a ratio to a peer (`speed`, or at most so much `more_time`), or a share of a limit of the machine."""
+    """What a row should reach: a ratio to a peer (`speed`, or at most so much `more_time`, or so many microseconds more, `more_us`), or
+    a share of a limit of the machine."""
 
-    kind: Literal["speed", "more_time", "of_peak", "of_roof"]
+    kind: Literal["speed", "more_time", "more_us", "of_peak", "of_roof"]
     value: float
     peer: str = ""
 
@@ -66,6 +67,8 @@ class Aim:
                 return f"≥ {self.value:g}× {self.peer}"
             case "more_time":
                 return f"≤ {self.value:.0%} over {self.peer}"
+            case "more_us":
+                return f"≤ {self.value:g} µs over {self.peer}"
             case "of_peak":
                 return f"≥ {self.value:.0%} of peak"
             case "of_roof":
@@ -78,14 +81,14 @@ class Aim:
         speed = ours["speed"].get(self.peer)
         if speed is None or self.kind == "speed":
             return speed
-        return 1 / speed - 1
+        return 1 / speed - 1 if self.kind == "more_time" else (1 - speed) * ours["ms"] * 1e3
 
     def met(self, ours: Mapping[str, Any]) -> bool | None:
         """Whether the figures of a kernel reach it; None where they do not say."""
         reached = self.reached(ours)
         if reached is None:
             return None
-        return reached <= self.value if self.kind == "more_time" else reached >= self.value
+        return reached <= self.value if self.kind in ("more_time", "more_us") else reached >= self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ class Case:
 
     Args:
         dtype: of the operands of its products, whose peak counts.
+        make: the inputs, on the device of a generator.
         peers: the other ways, the first being the one the picture is scaled by; `eager` is among them, and may be compiled.
         check: (tensors, results) -> for each result, the part of it that is checked and what that should be, by float64. A peer that
             gives only the first results is checked for these.
@@ -121,9 +125,9 @@ class Case:
         """The plain PyTorch function that torch.compile is given."""
         return next(peer.run for peer in self.peers if peer.name == EAGER)
 
-    def tensors(self, seed: int = 0) -> tuple[torch.Tensor, ...]:
-        """Fresh inputs, the same for the same seed."""
-        return self.make(torch.Generator().manual_seed(seed))
+    def tensors(self, seed: int = 0, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+        """Fresh inputs, made on the device, the same for the same seed."""
+        return self.make(torch.Generator(device).manual_seed(seed))
 
 
 def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:

@@ -46,11 +46,11 @@ class Shape:
 
     def query(self, g: torch.Generator) -> torch.Tensor:
         """Q [b, (g r), m, e] in bf16."""
-        return torch.randn(self.batch, self.groups * self.share, self.queries, self.width, generator=g).to(BF16)
+        return torch.randn(self.batch, self.groups * self.share, self.queries, self.width, generator=g, device=g.device).to(BF16)
 
     def cache(self, g: torch.Generator) -> torch.Tensor:
         """Keys or values [b, g, p, e] in bf16."""
-        return torch.randn(self.batch, self.groups, self.keys, self.width, generator=g).to(BF16)
+        return torch.randn(self.batch, self.groups, self.keys, self.width, generator=g, device=g.device).to(BF16)
 
     def rows(self, q: torch.Tensor) -> torch.Tensor:
         """The query heads of a key head as rows of it: the fair way to ask."""
@@ -77,7 +77,7 @@ def last_attention(shape: Shape, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     """What the last sequence of the batch is given, and its weights [1, g, r, m, p], in float64; causal among the new tokens."""
     q, k, v = (x[-1:].double() for x in (q, k, v))
     scores = (shape.rows(q) @ k.mT * shape.scale).unflatten(2, (shape.share, shape.queries))
-    weights = torch.softmax(scores.masked_fill(~seen(shape), -math.inf), -1)
+    weights = torch.softmax(scores.masked_fill(~seen(shape).to(q.device), -math.inf), -1)
     return (weights.flatten(2, 3) @ v).reshape(q.shape), weights
 
 
@@ -150,7 +150,8 @@ def int8_case(shape: Shape) -> Case:
     """Whole numbers of eight bits, an f16 scale for every 32 channels."""
 
     def stored(g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.randint(-127, 128, (shape.batch, shape.groups, shape.keys, shape.width), dtype=torch.int8, generator=g)
+        extents = (shape.batch, shape.groups, shape.keys, shape.width)
+        codes = torch.randint(-127, 128, extents, dtype=torch.int8, generator=g, device=g.device)
         return codes, scales(shape, g, 1 / 73)  # 73: the standard deviation of such codes
 
     def make(g: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -168,7 +169,8 @@ def int4_case(shape: Shape) -> Case:
     """Four bits, f16 scale and zero point for every 32 channels; byte x holds the channels x and x + D/2."""
 
     def stored(g: torch.Generator) -> tuple[torch.Tensor, ...]:
-        packed = torch.randint(0, 256, (shape.batch, shape.groups, shape.keys, shape.width // 2), dtype=torch.uint8, generator=g)
+        extents = (shape.batch, shape.groups, shape.keys, shape.width // 2)
+        packed = torch.randint(0, 256, extents, dtype=torch.uint8, generator=g, device=g.device)
         scale = scales(shape, g, 1 / 4.6)  # 4.6: the standard deviation of such codes
         return packed, scale, scale * -7.5
 
@@ -187,7 +189,7 @@ def int4_case(shape: Shape) -> Case:
 def scales(shape: Shape, g: torch.Generator, around: float) -> torch.Tensor:
     """An f16 scale for every group, within a factor of three."""
     of_groups = (shape.batch, shape.groups, shape.keys, shape.width // GROUP)
-    return (around * (0.5 + torch.rand(of_groups, generator=g))).half()
+    return (around * (0.5 + torch.rand(of_groups, generator=g, device=g.device))).half()
 
 
 def scored_case(case: Case, shape: Shape, eager: Function, check: Function, plain: object) -> Case:
@@ -224,7 +226,7 @@ def snapkv_case(shape: Shape) -> Case:
 
     def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores = (shape.rows(q) @ k.mT * shape.scale).unflatten(2, (shape.share, shape.queries))
-        weights = torch.softmax(scores.masked_fill(~seen(shape), -math.inf), -1)
+        weights = torch.softmax(scores.masked_fill(~seen(shape).to(q.device), -math.inf), -1)
         return (weights.flatten(2, 3) @ v).reshape(q.shape), votes(weights)
 
     def check(tensors: Tensors, results: Tensors) -> Pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -30,7 +31,10 @@ def attention_case(dtype: Literal["f32", "bf16"], sequence: int, width: int, *, 
     """B 1, so many heads, S queries and keys."""
     shape, t = (1, heads, sequence, width), DTYPES[dtype]
     scale = width**-0.5
-    hidden = torch.ones(sequence, sequence, dtype=torch.bool).triu(1)
+
+    @functools.cache
+    def hidden(device: torch.device) -> torch.Tensor:
+        return torch.ones(sequence, sequence, dtype=torch.bool, device=device).triu(1)
 
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -38,15 +42,15 @@ def attention_case(dtype: Literal["f32", "bf16"], sequence: int, width: int, *, 
     def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scores = q @ k.mT * scale
         if causal:
-            scores = scores.masked_fill(hidden, -math.inf)
+            scores = scores.masked_fill(hidden(q.device), -math.inf)
         return torch.softmax(scores, -1) @ v
 
     def check(tensors: Tensors, results: Tensors) -> Pairs:
-        rows = torch.linspace(0, sequence - 1, min(CHECKED_ROWS, sequence)).long()
+        rows = torch.linspace(0, sequence - 1, min(CHECKED_ROWS, sequence)).long().to(tensors[0].device)
         q, k, v = (x[:, -1].double() for x in tensors)
         scores = q[:, rows] @ k.mT * scale
         if causal:
-            scores = scores.masked_fill(torch.arange(sequence) > rows[:, None], -math.inf)
+            scores = scores.masked_fill(torch.arange(sequence, device=rows.device) > rows[:, None], -math.inf)
         return paired(results, lambda found: found[:, -1, rows], torch.softmax(scores, -1) @ v)
 
     return Case(
@@ -54,7 +58,7 @@ def attention_case(dtype: Literal["f32", "bf16"], sequence: int, width: int, *, 
         group="prefill",
         dtype=dtype,
         kernel=cascades.causal_attention if causal else cascades.attention,
-        make=lambda g: tuple(torch.randn(shape, generator=g).to(t) for _ in range(3)),
+        make=lambda g: tuple(torch.randn(shape, generator=g, device=g.device).to(t) for _ in range(3)),
         peers=(Peer("SDPA", sdpa), Peer(EAGER, eager)),
         check=check,
         flops=4.0 * heads * sequence**2 * width * (0.5 if causal else 1.0),

@@ -48,12 +48,12 @@ class Shape:
         """Q, prefix and suffixes, each keys then values, and how many tokens of its suffix each request has before the new one."""
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=g).to(torch.bfloat16)
+            return torch.randn(*shape, generator=g, device=g.device).to(torch.bfloat16)
 
         heads = self.groups, self.width
         prefixes = (normal(self.prefix, *heads) for _ in "KV")
         suffixes = (normal(self.batch, self.suffix, *heads) for _ in "KV")
-        lengths = torch.randint(0, self.suffix, (self.batch,), generator=g, dtype=torch.int32)
+        lengths = torch.randint(0, self.suffix, (self.batch,), generator=g, device=g.device, dtype=torch.int32)
         return normal(self.batch, 1, self.groups * self.share, self.width), *prefixes, *suffixes, lengths
 
 
@@ -75,7 +75,7 @@ def shared_case(name: str, kernel: ef.Kernel, shape: Shape) -> Case:
 
     def with_heads_first(tensors: Tensors) -> Tensors:
         q, k, v, length = copied(tensors)
-        present = (torch.arange(k.shape[1]) <= length[:, None])[:, None, None].expand(-1, shape.groups, shape.share, -1)
+        present = (torch.arange(k.shape[1], device=k.device) <= length[:, None])[:, None, None].expand(-1, shape.groups, shape.share, -1)
         return q, k.transpose(1, 2), v.transpose(1, 2), present
 
     def check(tensors: Tensors, results: Tensors) -> Pairs:
@@ -120,7 +120,7 @@ def merged(
     together = rows.transpose(0, 1).flatten(1, 2)
     of_prefix = part(shape, together, kp.transpose(0, 1), vp.transpose(0, 1))
     first, over_first = (x.unflatten(1, (-1, shape.share)).transpose(0, 1) for x in of_prefix)
-    present = (torch.arange(shape.suffix) <= n[:, None])[:, None, None]
+    present = (torch.arange(shape.suffix, device=n.device) <= n[:, None])[:, None, None]
     second, over_second = part(shape, rows, kt.transpose(1, 2), vt.transpose(1, 2), present)
     weight = torch.sigmoid(over_first - over_second).to(q.dtype)
     return (first * weight + second * (1 - weight)).reshape(q.shape)

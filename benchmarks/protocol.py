@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TVM_THREAD_POOL_SPIN_COUNT": "1000"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"}
-PACKAGES = ("torch", "apache-tvm", "apache-tvm-ffi", "numpy")
+PACKAGES = ("torch", "triton", "apache-tvm", "apache-tvm-ffi", "numpy")
 ROUNDS = 15
 LEAST_ROUNDS = 3
 SAMPLE_MS = 5.0  # calls shorter than this are repeated within a sample

@@ -20,6 +20,7 @@ TITLES = {
     "quantize": "Quantizers",
     "verify": "Verification of drafts",
     "fused": "Other fused cascades",
+    "dispatch": "What a call costs beside its kernel",
 }
 OWN, TORCH = "own", "SDPA / torch"
 EMPTY = "–"

@@ -47,7 +47,11 @@ class Options:
 
     def chosen(self) -> list[Case]:
         """The cases that match the pattern."""
-        return [c for c in cases(self.size) if fnmatch.fnmatchcase(c.name, self.only)]
+        return [c for c in cases(self.size) if self.matches(c.name)]
+
+    def matches(self, name: str) -> bool:
+        """Whether a row of that name is asked for."""
+        return fnmatch.fnmatchcase(name, self.only)
 
 
 @dataclass(slots=True)
@@ -89,7 +93,23 @@ class Row:
         """Plain JSON data, raw samples and figures included."""
         known = {k: v for k, v in asdict(self).items() if k not in ("samples", "floors", "aims")}
         floors = [{"name": name, "kind": kind, "amount": amount} for name, kind, amount in self.floors]
-        return {**known, "floors": floors, "subjects": [s.to_dict() for s in self.samples.values()], "figures": figures(self)}
+        aims = [asdict(aim) for aim in self.aims]
+        samples = [s.to_dict() for s in self.samples.values()]
+        return {**known, "floors": floors, "aims": aims, "subjects": samples, "figures": figures(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Row:
+        """The inverse of `to_dict`."""
+        known = {k: v for k, v in data.items() if k not in ("floors", "aims", "subjects", "figures", "peers", "own")}
+        samples = {s["name"]: Samples(s["name"], tuple(s["samples_ms"]), s["calls"]) for s in data["subjects"]}
+        return Row(
+            **known,
+            peers=tuple(data["peers"]),
+            own=tuple(data["own"]),
+            aims=tuple(Aim(**aim) for aim in data["aims"]),
+            floors=tuple((f["name"], f["kind"], f["amount"]) for f in data["floors"]),
+            samples=samples,
+        )
 
 
 def figures(row: Row) -> dict[str, Any]:
@@ -127,6 +147,9 @@ def figures(row: Row) -> dict[str, Any]:
 class Runner:
     """Runs rows one after the other and remembers what does not work on this machine. `say` is told of progress."""
 
+    device = "cpu"
+    on_event: Callable[[Any], None] | None = None  # told of what happens while a row is tuned
+
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
         self.options = options
         self.say = say
@@ -149,7 +172,7 @@ class Runner:
         """One row. What the compiler refuses or gets wrong is a failed row, not the end of the run."""
         names, own = tuple(p.name for p in case.peers), tuple(p.name for p in case.peers if p.own)
         row = Row(case.name, case.group, case.dtype, case.flops, case.bytes, names, own, case.aims)
-        tensors = case.tensors()
+        tensors = case.tensors(device=self.device)
         try:
             executables = self._executables(case, tensors, row)
         except ef.EinfallError as error:
@@ -196,7 +219,7 @@ class Runner:
         """Search, and keep in the row how it went; what cannot be tuned is timed with the default schedule."""
         self.say(f"tuning {case.name}: {self.options.tune} trials")
         try:
-            result = case.kernel.tune(*tensors, **case.scalars, trials=self.options.tune, database=database)
+            result = case.kernel.tune(*tensors, **case.scalars, trials=self.options.tune, database=database, on_event=self.on_event)
         except ef.EinfallError as error:
             row.skipped[TUNED] = str(error)
             self.say(f"not tuned: {str(error).splitlines()[0]}")

@@ -114,57 +114,42 @@ def load(artifact: Artifact) -> Launcher:
 
 
 class Launcher:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        signature: of the kernel.
+        count: its tensors.
+        aligned: the positions of those whose address the full build takes to be a multiple of 16.
+        lock: held while a plan is made.
+    """
 
     def __init__(self, builds: Builds) -> None:
         signature = self.signature = builds.signature
         self._builds = builds
-        self._count = len(signature.tensors)
         pointers = {p.of for p in signature.parameters if p.kind == "pointer" and p.name in signature.aligned}
-        self._aligned = tuple(i for i, t in enumerate(signature.tensors) if t.name in pointers)
-        self._bound: dict[tuple[Layout, ...], Callable[..., None]] = {}
+        self.count = len(signature.tensors)
+        self.aligned = tuple(i for i, t in enumerate(signature.tensors) if t.name in pointers)
+        self.lock = threading.RLock()
+        self._bound: dict[tuple[Layout, ...], Bound] = {}
         self._loaded: dict[tuple[int, Variant], tuple[cuda.Function, Entry, Built]] = {}
-        self._lock = threading.RLock()
 
     def __call__(self, *given: Any) -> None:
         """Launch on tensors of one device, in order, then the scalars. Returns before the kernel has run."""
-        tensors = given[: self._count]
+        tensors = given[: self.count]
         self.bound(tuple([(tuple(t.shape), t.stride()) for t in tensors]))(*given)
 
-    def bound(self, layouts: Sequence[Layout]) -> Callable[..., None]:
+    def bound(self, layouts: Sequence[Layout]) -> Bound:
         """The same for tensors of these shapes and strides alone, which are not looked at again."""
         key = tuple(layouts)
         found = self._bound.get(key)
         if found is None:
-            with self._lock:
+            with self.lock:
                 if len(self._bound) >= PLAN_LIMIT:
                     self._bound.clear()
-                found = self._bound.setdefault(key, self._bind(key))
+                found = self._bound.setdefault(key, Bound(self, key))
         return found
 
-    def _bind(self, layouts: tuple[Layout, ...]) -> Callable[..., None]:
-        count, aligned = self._count, self._aligned
-        plans: dict[tuple[int, tuple[int, ...]], Plan | None] = {}
-
-        def launch(*given: Any) -> None:
-            tensors = given[:count]
-            pointers = [t.data_ptr() for t in tensors]
-            low = 0
-            for i in aligned:
-                low |= pointers[i]
-            apart = () if low % ALIGNED == 0 else tuple(i for i in aligned if pointers[i] % ALIGNED)
-            key = tensors[0].get_device(), apart
-            try:
-                plan = plans[key]
-            except KeyError:
-                with self._lock:
-                    plan = plans[key] = plans[key] if key in plans else self._plan(layouts, tensors, pointers)
-            if plan is not None:
-                plan(pointers, given[count:])
-
-        return launch
-
-    def _plan(self, layouts: Sequence[Layout], tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> Plan | None:
+    def plan(self, layouts: Sequence[Layout], tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> Plan | None:
         """How tensors like these are launched; None where there is nothing to do."""
         signature = self.signature
         device = self._device(tensors)
@@ -214,13 +199,52 @@ class Launcher:
         except EinfallError as error:
             if variant == self.signature.full():
                 raise
-            name = next((self.signature.tensors[i].name for i in self._aligned if pointers[i] % ALIGNED), None)
+            name = next((self.signature.tensors[i].name for i in self.aligned if pointers[i] % ALIGNED), None)
             what = "strides beyond 32 bits" if variant.wide else f"{name} at an address" if name else "extents or strides"
             how = "" if variant.wide else f" that {'is' if name else 'are'} no multiple of {ALIGNED}"
             hint = f"{name}.clone(), which is aligned" if name and not variant.wide else "smaller tensors, or contiguous ones"
             raise UnsupportedError(
                 f"{self.signature.entry} is called with {what}{how}, and the build for that failed: {error.what}", hint=hint
             ) from error
+
+
+class Bound:
+    """A launcher for tensors of some shapes and strides; what is left to look at is their device and their alignment."""
+
+    __slots__ = ("_aligned", "_count", "_launcher", "_layouts", "_plans")
+
+    def __init__(self, launcher: Launcher, layouts: tuple[Layout, ...]) -> None:
+        self._launcher, self._layouts = launcher, layouts
+        self._count, self._aligned = launcher.count, launcher.aligned
+        self._plans: dict[tuple[int, tuple[int, ...]], Plan | None] = {}
+
+    def __call__(self, *given: Any) -> None:
+        tensors = given[: self._count]
+        pointers = [t.data_ptr() for t in tensors]
+        low = 0
+        for i in self._aligned:
+            low |= pointers[i]
+        apart = () if low % ALIGNED == 0 else tuple(i for i in self._aligned if pointers[i] % ALIGNED)
+        key = tensors[0].get_device(), apart
+        try:
+            plan = self._plans[key]
+        except KeyError:
+            plan = self._made(key, tensors, pointers)
+        if plan is not None:
+            plan(pointers, given[self._count :])
+
+    def _made(self, key: tuple[int, tuple[int, ...]], tensors: Sequence[torch.Tensor], pointers: Sequence[int]) -> Plan | None:
+        with self._launcher.lock:
+            if key not in self._plans:
+                self._plans[key] = self._launcher.plan(self._layouts, tensors, pointers)
+            return self._plans[key]
+
+    def prepared(self, *given: Any) -> Callable[[], int]:
+        """The driver's launch with these arguments and nothing beside it: what a call is measured against. Launches once."""
+        self(*given)
+        tensors = given[: self._count]
+        plans = [plan for plan in self._plans.values() if plan is not None]
+        return plans[-1].prepared([t.data_ptr() for t in tensors], given[self._count :])
 
 
 def _code(entry: Entry, build: Built, capability: tuple[int, int]) -> bytes:
@@ -361,6 +385,14 @@ class Plan:
                 result = self._launch(*frame.arguments)
         if result:
             self._driver.check(result, f"the launch of {self._signature.entry}")
+
+    def prepared(self, pointers: Sequence[int], scalars: Sequence[float]) -> Callable[[], int]:
+        """The driver's launch alone, on what is the current stream now."""
+        frame = Frame(self._layout, self._call)
+        self._pack(frame.memory, 0, *pointers, *scalars, *self._extra)
+        frame.stream.value = self._runtime.current_stream(self._device)
+        launch = self._launch
+        return lambda: launch(*frame.arguments)
 
     def _new_frame(self) -> Frame:
         self._driver.ensure_context(self._device)
