@@ -139,9 +139,10 @@ def _ordered(program: TileProgram, sizes: dict[str, int]) -> list[str]:
             ranks = {rank for c in read.coords for rank in expression_ranks(c)}
             if ranks & set(streams):
                 carried |= ranks
-    memory = [rank for t in (*program.inputs, *program.outputs) for rank in t.ranks]
+    tensors: list[Tensor | TileOutput] = [*program.inputs, *program.outputs]
+    memory = [rank for t in tensors for rank in t.ranks]
     place = {rank: i for i, rank in reversed(list(enumerate(memory)))}
-    joined = {r for t in (*program.inputs, *program.outputs) for axis in _axes_in_memory(t) if set(axis) & set(streams) for r in axis}
+    joined = {r for t in tensors for axis in _axes_in_memory(t) if set(axis) & set(streams) for r in axis}
     grid = [axis.rank for axis in program.grid]
 
     def key(rank: str) -> tuple[int, int]:

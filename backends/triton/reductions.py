@@ -141,7 +141,8 @@ class Reductions(Evaluator):
             return float(value)
         if op in ("sum", "prod"):
             return int(value)
-        return -(2 ** (t.bits - 1)) if op == "max" else 2 ** (t.bits - 1) - 1
+        least = 1 << (t.bits - 1)
+        return -least if op == "max" else least - 1
 
     def _running(self, op: str, v: Value, place: int) -> Value:
         match op:

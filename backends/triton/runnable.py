@@ -22,7 +22,7 @@ import torch
 
 from ...ir.binding import to_torch
 from ...ir.errors import BuildError
-from ...ir.tile import TileProgram
+from ...ir.tile import Loop, TileProgram
 from ...ir.types import dtype as dtype_named
 from ...schedules.target import load_target
 from ..base import Source
@@ -76,7 +76,7 @@ def program_text(text: str) -> str:
 def extents(program: TileProgram, signature: Signature, draw: random.Random) -> dict[str, int]:
     """Small extents for every rank of the tensors."""
     sizes = dict(signature.sizes)
-    streamed = {node.rank for node in program.body if hasattr(node, "states")}
+    streamed = {node.rank for node in program.body if isinstance(node, Loop)}
     for t in signature.tensors:
         for axis in t.axes:
             for rank in axis:

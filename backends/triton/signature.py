@@ -141,14 +141,19 @@ class Signature:
         """
         extents = self.extents(shapes)
         place = {t.name: i for i, t in enumerate(self.tensors)}
-        values = {
-            "pointer": lambda p: pointers[place[p.of]],
-            "stride": lambda p: strides[place[p.of]][p.axis],
-            "extent": lambda p: extents[p.of],
-            "scalar": lambda p: 1,
-        }
-        wanted = set(self.aligned)
-        aligned = frozenset(p.name for p in self.parameters if p.name in wanted and values[p.kind](p) % ALIGNED == 0)
+
+        def number(p: Parameter) -> int:
+            match p.kind:
+                case "pointer":
+                    return pointers[place[p.of]]
+                case "stride":
+                    return strides[place[p.of]][p.axis]
+                case "extent":
+                    return extents[p.of]
+                case _:
+                    return 1
+
+        aligned = frozenset(p.name for p in self.parameters if p.name in self.aligned and number(p) % ALIGNED == 0)
         last = max((sum((n - 1) * abs(s) for n, s in zip(a, b, strict=True) if n) for a, b in zip(shapes, strides, strict=True)), default=0)
         return Variant(aligned, last >= FAR)
 
