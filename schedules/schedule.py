@@ -64,6 +64,8 @@ class KernelOptions:
         stages: tiles of a loop in flight; 1 loads what it needs when it needs it.
         edge: `split` runs tiles that lie wholly inside the domain in a loop without masks, `mask` masks all tiles alike.
         persistent: whether as many programs as fit the machine loop over the tasks.
+        descriptors: whether tiles of two axes, one of them contiguous, are fetched whole by the copy engine, by tensor descriptors.
+        warp_specialize: whether some warps fetch while others compute; for loops whose loads all have descriptors.
         precision: of matrix products of f32: `ieee` has no matrix unit, `tf32x3` three products on it, `tf32` one of ten mantissa bits.
     """
 
@@ -71,6 +73,8 @@ class KernelOptions:
     stages: int = 2
     edge: Literal["split", "mask"] = "split"
     persistent: bool = False
+    descriptors: bool = False
+    warp_specialize: bool = False
     precision: Literal["ieee", "tf32", "tf32x3"] = "ieee"
 
 
@@ -250,6 +254,7 @@ def _group(value: object, what: str) -> GroupSchedule:
 
 
 CHOICES = {"edge": ("split", "mask"), "precision": ("ieee", "tf32", "tf32x3")}
+SWITCHES = ("persistent", "descriptors", "warp_specialize")
 MAX_WARPS, MAX_STAGES = 32, 8
 
 
@@ -262,12 +267,12 @@ def _kernel(value: object, what: str) -> KernelOptions:
     for name, choices in CHOICES.items():
         if table.get(name, choices[0]) not in choices:
             raise ScheduleError(f"{what}.{name} is {table[name]!r}", hint=" or ".join(choices))
-    persistent = table.get("persistent", default.persistent)
-    if not isinstance(persistent, bool):
-        raise ScheduleError(f"{what}.persistent is {persistent!r}", hint="true or false")
+    for name in SWITCHES:
+        if not isinstance(table.get(name, False), bool):
+            raise ScheduleError(f"{what}.{name} is {table[name]!r}", hint="true or false")
     warps, stages = _size(table.get("warps", default.warps), f"{what}.warps"), _size(table.get("stages", default.stages), f"{what}.stages")
     if warps > MAX_WARPS or warps & (warps - 1):
         raise ScheduleError(f"{what}.warps is {warps}", hint=f"a power of two up to {MAX_WARPS}")
     if stages > MAX_STAGES:
         raise ScheduleError(f"{what}.stages is {stages}", hint=f"a whole number from 1 to {MAX_STAGES}")
-    return KernelOptions(warps, stages, table.get("edge", default.edge), persistent, table.get("precision", default.precision))
+    return KernelOptions(**{**asdict(default), **table, "warps": warps, "stages": stages})

@@ -62,6 +62,7 @@ class Emitter(Contractions):
         for axis in self.axes.axes:
             self.names.fresh(f"B_{axis.name}")
         self.arrays = arrays_of(self, strided)
+        self.described = set()
         self.scalars = {}
         for s in program.scalars:
             self.scalars[s.name] = replace(ts.scalar(self.names.fresh(s.name), f32), weak=True)
@@ -232,6 +233,8 @@ class Emitter(Contractions):
         self.scopes.pop()
         step = f"B_{loop.rank}" if self._is_lanes(loop) else str(loop.tile)
         stages = f", num_stages={self.options.stages}" if self.options.stages > 1 else ""
+        if self.options.warp_specialize and outer is self.scopes[0]:
+            stages += ", warp_specialize=True"
         if edge != "some":
             outer.lines.append(For(start.text, f"tl.range({first.text}, {last.text}, {step}{stages})", scope.lines))
             return
@@ -345,6 +348,7 @@ class Emitter(Contractions):
             warps=self.options.warps,
             stages=self.options.stages,
             persistent=self.options.persistent,
+            described=tuple(sorted(self.described)),
             fusion=not self.precise_tiles or any(isinstance(n, Dot) for n in nodes_of(self.program.body)),
         )
 

@@ -215,9 +215,9 @@ class Builder(it.InterpreterBuilder):  # type: ignore[misc]
         used = np.broadcast_to(mask.data, pointers.data.shape)
         return Handle(self.memory.addresses_of(pointers.data, used, width, what), pointers.dtype)
 
-    def create_masked_load(self, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:  # descriptors give options by name
         width = it._get_np_dtype(ptrs.get_element_ty()).itemsize
-        return super().create_masked_load(self._translated(ptrs, mask, width, "a load reads"), mask, *rest)
+        return super().create_masked_load(self._translated(ptrs, mask, width, "a load reads"), mask, *rest, **options)
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return super().create_masked_store(self._translated(ptrs, mask, value.data.itemsize, "a store writes"), value, mask, *rest)

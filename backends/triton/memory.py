@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from ...ir.cascade import Axis as MemoryAxis
 from ...ir.cascade import Tensor
 from ...ir.expr import Const, Expr, Extent, Index, Op, Read, walk
+from ...ir.infer import expression_ranks
 from ...ir.tile import TileOutput, TileProgram
 from ...ir.types import DType
 from . import script as ts
@@ -29,6 +30,8 @@ POINTERS = {
     "f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8", "i4": "i8",
     "u8": "u8", "bool": "u8", "f8e4m3": "u8", "f8e5m2": "u8", "e8m0": "u8", "f4e2m1": "u8",
 }  # fmt: skip
+DESCRIBED = ("float32", "float16", "bfloat16", "int8", "uint8", "int16", "int32")
+BOX = 256  # lanes of an axis that one fetch can have
 LOADED = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "u8": "uint8"}
 
 
@@ -96,6 +99,7 @@ class MemoryAccess(Kernel):
     """Loads and stores of one kernel; `coordinate` turns what is not an index into a value."""
 
     arrays: dict[str, Array]
+    described: set[str]
 
     def coordinate(self, e: Expr, digits: Digits) -> Value:
         """A coordinate as a value."""
@@ -222,6 +226,10 @@ class MemoryAccess(Kernel):
         for scope in self.scopes:
             if key in scope.made:
                 return scope.made[key]
+        if self.options.descriptors and not kept:
+            whole = self.fetched(e, array, digits, wanted)
+            if whole is not None:
+                return self.define(wanted, whole, self.scope_of(e), key)
         text, axes = self.address(array, e.coords, digits, wanted)
         scope = self.deeper(self.scope_of(e), self.scope_of_ranks(tuple(r for name in axes for r in self.axes.named(name).ranks)))
         mask = self.holds(axes)
@@ -234,6 +242,51 @@ class MemoryAccess(Kernel):
         clean = frozenset(axes) if e.fill is None else frozenset()
         v = Value(f"tl.load({text})", array.loaded, array.dtype, axes, clean=clean)
         return self.define(wanted, v, scope, key)
+
+    def fetched(self, e: Read, array: Array, digits: Digits, wanted: str) -> Value | None:
+        """The elements by a tensor descriptor, where they are a rectangle: two whole axes, the last one contiguous, nothing else moving.
+
+        What lies beyond the extents, and beyond a loop's bounds, is fetched as 0.
+        """
+        found = self._rectangle(e, array)
+        if found is None or e.fill is not None:
+            return None
+        (row, outer), (column, inner) = found
+        base = array.pointer
+        first = 0
+        for axis, stride in zip(array.axes, array.strides, strict=True):
+            parts = Address()
+            self._along(parts, axis, e.coords[first : first + len(axis)], array, stride, digits)
+            first += len(axis)
+            if axis not in ((row,), (column,)):
+                base += "".join(f" + {term.wrapped(ts.PRODUCT)}" for term in parts.task)
+        scope = self.scope_of_rank(row)
+        rows = scope.high if scope is not None and scope.high is not None else self.extent(row)
+        stride = array.strides[array.axes.index((row,))]
+        shape = f"[{rows.text}, {self.extent(column).text}]"
+        block = f"[{', '.join(self.shape((outer, inner)))}]"
+        text = f"tl.make_tensor_descriptor({base}, {shape}, [{stride.text}, 1], {block})"
+        descriptor = self.define(f"{wanted}_desc", Value(text, "descriptor"), self.scopes[0], ("descriptor", text))
+        self.described.add(array.name)
+        axes = ts.union((outer, inner), self.order)
+        loaded = Value(f"{descriptor.text}.load([{self.start(row).text}, {self.start(column).text}])", array.loaded, array.dtype, axes)
+        clean = frozenset(axes) if scope is None or scope.low is None else frozenset((inner,))
+        if axes != (outer, inner):
+            loaded = replace(loaded, text=f"tl.trans({loaded.text})")
+        return replace(loaded, clean=clean)
+
+    def _rectangle(self, e: Read, array: Array) -> tuple[tuple[str, str], tuple[str, str]] | None:
+        """The row rank and the column rank of a read, each with its axis, if a descriptor can fetch it."""
+        if array.loaded not in DESCRIBED or not array.axes or array.strides[-1].number != 1:
+            return None
+        moving = [(r, axis) for r, c in zip(array.ranks, e.coords, strict=True) if c == Index(r) and (axis := self.axes.of(r)) is not None]
+        still = [c for r, c in zip(array.ranks, e.coords, strict=True) if r not in [rank for rank, _ in moving]]
+        if len(moving) != 2 or any(self.axes_over(tuple(expression_ranks(c))) or self.scope_of(c) is not self.scopes[0] for c in still):
+            return None
+        (row, outer), (column, inner) = moving
+        alone = (row,) in array.axes and array.axes[-1] == (column,) and outer.ranks == (row,) and inner.ranks == (column,)
+        streams = self.scope_of_rank(column) is not None
+        return ((row, outer.name), (column, inner.name)) if alone and not streams and max(outer.lanes, inner.lanes) <= BOX else None
 
     def _unclamped(self, e: Read, array: Array) -> tuple[Read, frozenset[str]]:
         """`e` without clamps that a loop's domain makes needless, and the ranks along which the domain keeps it inside.

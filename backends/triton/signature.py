@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from ...ir.errors import BuildError
+from ...ir.errors import BindingError, BuildError
+from ...ir.types import dtype as dtype_named
 from ..base import Source
 
 Kind = Literal["pointer", "stride", "extent", "scalar"]
@@ -85,6 +86,7 @@ class Signature:
         aligned: parameters that the full variant declares divisible by 16.
         warps, stages: the build options.
         persistent: whether programs loop over the tasks; then there are at most `cores` times `occupancy` of them.
+        described: the tensors that are fetched by descriptors; their pointers and strides must be multiples of 16 bytes.
         fusion: whether a product and a sum may become one rounding (`enable_fp_fusion`); not where results are bits or decisions.
     """
 
@@ -99,6 +101,7 @@ class Signature:
     warps: int = 4
     stages: int = 1
     persistent: bool = False
+    described: tuple[str, ...] = ()
     fusion: bool = True
 
     @property
@@ -137,10 +140,13 @@ class Signature:
     def variant(self, pointers: Sequence[int], shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]) -> Variant:
         """The build that serves tensors of these addresses (bytes), shapes and strides (elements), in order.
 
-        It declares divisible what is so, of what the full variant declares.
+        It declares divisible what is so, of what the full variant declares. Raises `BindingError` for a tensor that descriptors
+        cannot fetch.
         """
         extents = self.extents(shapes)
         place = {t.name: i for i, t in enumerate(self.tensors)}
+        for name in self.described:
+            self._check_described(self.tensors[place[name]], pointers[place[name]], shapes[place[name]], strides[place[name]])
 
         def number(p: Parameter) -> int:
             match p.kind:
@@ -156,6 +162,17 @@ class Signature:
         aligned = frozenset(p.name for p in self.parameters if p.name in self.aligned and number(p) % ALIGNED == 0)
         last = max((sum((n - 1) * abs(s) for n, s in zip(a, b, strict=True) if n) for a, b in zip(shapes, strides, strict=True)), default=0)
         return Variant(aligned, last >= FAR)
+
+    def _check_described(self, t: Memory, pointer: int, shape: Sequence[int], strides: Sequence[int]) -> None:
+        """Raise `BindingError` for a tensor whose address or rows are no multiples of 16 bytes."""
+        size = dtype_named(t.dtype).bytes
+        odd = [i for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if n > 1 and i < len(shape) - 1 and s * size % ALIGNED]
+        if pointer % ALIGNED or odd:
+            what = f"starts at an address that is no multiple of {ALIGNED} bytes" if pointer % ALIGNED else f"has a stride of {strides[odd[0]]}"
+            raise BindingError(
+                f"{t.name} {what}, and the schedule of {self.entry} fetches it by tensor descriptors, which need multiples of {ALIGNED} bytes",
+                hint=f"{t.name}.contiguous(), or a schedule without descriptors",
+            )
 
     def types(self, variant: Variant) -> dict[str, str]:
         """Triton's type of each parameter in a variant."""
@@ -175,6 +192,7 @@ class Signature:
             "warps": self.warps,
             "stages": self.stages,
             "persistent": self.persistent,
+            "described": list(self.described),
             "fusion": self.fusion,
         }
 
@@ -198,6 +216,7 @@ class Signature:
             warps=int(data["warps"]),
             stages=int(data["stages"]),
             persistent=bool(data["persistent"]),
+            described=tuple(str(n) for n in data.get("described", ())),
             fusion=bool(data["fusion"]),
         )
 
