@@ -22,6 +22,17 @@ from einfall.backends.triton import process as process_module
 from einfall.backends.triton.build import INDEX, build, kernel_file, listings, restore, save
 from einfall.backends.triton.emitted import check_emitted
 from einfall.backends.triton.facts import facts
+from einfall.backends.triton.listings import (
+    Usage,
+    program_hash,
+    read_amd_usage,
+    read_amdgcn,
+    read_assembler_log,
+    read_ptx,
+    read_resource_usage,
+    read_sass,
+    widest_load,
+)  # fmt: skip
 from einfall.backends.triton.process import WORKERS, Workers
 from einfall.backends.triton.resources import Resources, check_resources, occupancy
 from einfall.backends.triton.signature import Memory, Parameter, Signature, Variant, signature_of
@@ -118,6 +129,86 @@ def test_instructions_are_those_that_a_search_finds(target):
     assert counts["st.global 16"] == lines(r"st\.global\.v4\.b32")
     assert counts["bar"] == lines(r"\bbar\.(sync|warp)|\bbarrier\.")
     assert counts["ldmatrix"] == lines(r"\bldmatrix\.")
+
+
+PTX = """
+//
+.version 8.7
+.target sm_100a
+.visible .entry kernel(
+\t.param .u64 .ptr .global .align 1 kernel_param_0
+)
+.reqntid 256
+{
+\t.reg .b32 \t%r<9>;
+$L__BB0_1:                              // ld.global.v4.b32 in a comment
+\t// begin inline asm
+\tmov.u32 %r1, 0x0;
+\t@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+\t// end inline asm
+\t@%p2 ld.global.L1::evict_first.L2::cache_hint.v8.b32 { %r1, %r2, %r3, %r4, %r5, %r6, %r7, %r8 }, [ %rd1 + 0 ], %rd2;
+\tld.global.b16 \t%rs1, [%rd3];
+\t@%p1 st.global.v2.b16 [ %rd1 + 0 ], { %rs1, %rs2 };
+\tcp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+\tcp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4;
+\tcp.async.commit_group;
+\t@%p3 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2, %r3}], [%r4];
+\twgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p, 1, 1, 0, 1;
+\t{ .reg .pred p; setp.ne.b32 p, %r1, 0; tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r3, p; }
+\tmma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 }, { %r1 }, { %r2 }, { %f1 };
+\tex2.approx.ftz.f32 \t%f1, %f2;
+\tfma.rn.f32 \t%f1, %f2, %f3, %f4;
+\tfma.rn.f32x2 \t%rd1, %rd2, %rd3, %rd4;
+\tmad.lo.s32 \t%r1, %r2, %r3, %r4;
+\tmul.lo.s32 \t%r1, %r2, %r3;
+\tmul.f32 \t%f1, %f2, %f3;
+\tshfl.sync.bfly.b32 \t%r1, %r2, 16, 31, -1;
+\tbar.sync \t0;
+\tret;
+}
+"""
+
+
+def test_the_forms_of_instructions():
+    assert read_ptx(PTX) == {
+        "ld.global 16": 1, "ld.global 32": 1, "ld.global 2": 1, "st.global 4": 1, "cp.async 16": 1, "cp.async 4": 1,
+        "cp.async.bulk.tensor": 1, "wgmma": 1, "tcgen05.mma": 1, "mma": 1, "ex2": 1, "fma.float": 2, "mul.float": 1, "shfl": 1, "bar": 1,
+    }  # fmt: skip
+    assert widest_load(read_ptx(PTX)) == 32
+    sass = """
+        /*0070*/                   LDG.E.128.CONSTANT R4, desc[UR6][R2.64] ;      /* 0x0000000602047981 */
+                                                                                  /* 0x000ea8000c1e9d00 */
+        /*0080*/              @!P0 STG.E.64 desc[UR6][R8.64], R4 ;                /* 0x0000000408008986 */
+        /*0090*/             @!UP0 MUFU.EX2 R5, R4 ;                              /* 0x0000000400057308 */
+        /*00a0*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;           /* 0x0000000c0804723c */
+        /*00b0*/                   NOP;                                           /* 0x0000000000007918 */
+    """
+    assert read_sass(sass) == {"LDG 16": 1, "STG 8": 1, "MUFU EX2": 1, "HMMA": 1}
+    amd = "\tv_mfma_f32_32x32x8_bf16 a[0:15], v[4:5], v[6:7], a[0:15]\n\tbuffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen\n"
+    amd += (
+        "\tglobal_load_ushort v1, v[2:3], off\n\tds_bpermute_b32 v1, v2, v3\n\tv_exp_f32_e32 v1, v2\n\tscratch_store_dword off, v1, s32\n"
+    )
+    assert read_amdgcn(amd) == {"mfma": 1, "load 16": 1, "load 2": 1, "shuffle": 1, "exp": 1, "scratch store": 1}
+    log = "ptxas info    : Function properties for k\n    24 bytes stack frame, 20 bytes spill stores, 28 bytes spill loads\n"
+    assert read_assembler_log(log + "ptxas info    : Used 255 registers, used 1 barriers\n") == Usage(255, 24, 48)
+    assert read_assembler_log("") is None and read_resource_usage("") is None and read_amd_usage("") is None
+
+
+def test_names_and_places_do_not_tell_programs_apart():
+    text = """#blocked = #ttg.blocked<{sizePerThread = [1]}>
+#loc = loc("/a (b)/kernel.py":3:0)
+module attributes {"ttg.num-warps" = 4 : i32} {
+  tt.func public @k(%X: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("X"(#loc))) attributes {noinline = false} {
+    %x = tt.load %X : !tt.ptr<f32> loc(#loc1)
+    tt.return loc(callsite(#loc2 at "f(\"x\")"))
+  } loc(#loc)
+} loc(#loc)
+#loc1 = loc("x"(#loc2))
+"""
+    other = text.replace("%x ", "%other ").replace("/a (b)/kernel.py", "/c.py").replace("#loc1)", '"y"(#loc9))')
+    assert program_hash(text) == program_hash(other)
+    for one, another in (("= 4 : i32} {", "= 8 : i32} {"), ("divisibility = 16", "divisibility = 8"), ("Thread = [1]", "Thread = [2]")):
+        assert one in text and program_hash(text) != program_hash(text.replace(one, another))
 
 
 def test_machine_code_is_counted(tmp_path):
@@ -223,6 +314,9 @@ def test_a_process_that_dies_or_hangs_is_replaced(monkeypatch):
 def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     code = """
 import os, sys
+from einfall.backends.triton.listings import (
+    Usage, program_hash, read_amd_usage, read_amdgcn, read_assembler_log, read_ptx, read_resource_usage, read_sass, widest_load,
+)  # fmt: skip
 from einfall.backends.triton.process import Worker
 worker = Worker()
 print(worker.process.pid, worker.scratch, flush=True)
