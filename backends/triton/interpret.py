@@ -3,8 +3,8 @@
     launch = interpret(source)
     launch(*inputs, *outputs, *scalars)
 
-A process interprets or it compiles: Triton decides when it is imported. Kernels are compiled in worker processes, so this one is free to
-interpret, unless something else imported Triton first. What is executed holds nothing but the language (`emitted.py`).
+Triton decides when it is imported whether it interprets or compiles. So that a process can do both (PyTorch compiles with Triton too), the
+interpreted one is a second import of the package, which others do not see. What is executed holds nothing but the language (`emitted.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from .signature import Parameter, Signature, signature_of
 
 FLAG = "TRITON_INTERPRET"
 _LOCK = threading.RLock()  # the interpreter keeps the place in the grid and the memory of a launch in one object
+_MODULES: dict[str, ModuleType] = {}  # of the interpreted Triton, by name
 
 
 def interpret(source: Source, *, programs: int | None = None) -> Callable[..., None]:
@@ -45,8 +47,7 @@ def interpret(source: Source, *, programs: int | None = None) -> Callable[..., N
     check_emitted(source)
     signature = signature_of(source)
     most = max(1, source.target.cores if programs is None else programs)
-    with _LOCK:
-        ready()
+    with interpreting():
         room = tempfile.TemporaryDirectory(prefix="einfall-")
         path = Path(room.name) / f"kernel_{source.hash}.py"
         path.write_text(source.text, encoding="utf-8")
@@ -55,43 +56,44 @@ def interpret(source: Source, *, programs: int | None = None) -> Callable[..., N
     def launch(*given: Any) -> None:
         count = len(signature.tensors)
         tensors, scalars = given[:count], given[count:]
-        with _LOCK, np.errstate(all="ignore"):
+        with interpreting(), np.errstate(all="ignore"):
             _launch(kernel, path, signature, tensors, scalars, most)
 
     launch.__dict__["room"] = room  # the file lives as long as the function, for its lines in errors
     return launch
 
 
-def ready() -> None:
-    """Import Triton to interpret and correct it. Raises `UnsupportedError` where it was imported to compile, or is not there."""
-    with _flag():
-        try:
-            import triton.language as tl
-            from triton.runtime.interpreter import InterpretedFunction
-        except ImportError as error:
-            raise UnsupportedError(f"Triton cannot be imported: {error}", hint="pip install triton==3.7.1") from None
-        if not isinstance(tl.sum, InterpretedFunction):
-            raise UnsupportedError(
-                "Triton was imported in this process to compile, and cannot interpret any more",
-                hint=f"start Python with {FLAG}=1, or interpret a kernel before anything imports Triton",
-            )
-        from .interpreter_fixes import install
-
-        install()
-
-
 @contextlib.contextmanager
-def _flag() -> Iterator[None]:
-    """Triton's flag, for as long as functions are decorated: a process that is started later must not inherit it."""
-    before = os.environ.get(FLAG)
-    os.environ[FLAG] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[FLAG]
-        else:
-            os.environ[FLAG] = before
+def interpreting() -> Iterator[None]:
+    """Inside the block Triton is the interpreted one, corrected, and the flag is set under which functions are decorated for it.
+
+    Afterwards everything is as it was: a process that is started later must not inherit the flag. Raises `UnsupportedError` where Triton is
+    not there, or is not what the corrections expect.
+    """
+    with _LOCK:
+        flag, others = os.environ.get(FLAG), _taken()
+        os.environ[FLAG] = "1"
+        sys.modules.update(_MODULES)
+        try:
+            try:
+                from .interpreter_fixes import install
+            except ImportError as error:
+                raise UnsupportedError(f"Triton cannot be imported: {error}", hint="pip install triton==3.7.1") from None
+            install()
+            yield
+        finally:
+            _MODULES.update(_taken())
+            sys.modules.update(others)
+            if flag is None:
+                del os.environ[FLAG]
+            else:
+                os.environ[FLAG] = flag
+
+
+def _taken() -> dict[str, ModuleType]:
+    """Triton's modules, no longer to be found by an import; the compiled ones stay, which cannot be loaded twice."""
+    names = [name for name in sys.modules if name == "triton" or (name.startswith("triton.") and not name.startswith("triton._C"))]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def _imported(path: Path, entry: str) -> Any:
@@ -101,8 +103,7 @@ def _imported(path: Path, entry: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        with _flag():
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
         return getattr(module, entry)
     except Exception as error:  # whatever a file raises when it is executed, the emitter is at fault
         raise BuildError(
@@ -115,10 +116,9 @@ def _imported(path: Path, entry: str) -> Any:
 
 def _launch(kernel: Any, path: Path, signature: Signature, tensors: Sequence[torch.Tensor], scalars: Sequence[float], most: int) -> None:
     """Runs every program of a launch, one after the other."""
-    from triton.runtime.interpreter import interpreter_builder as builder
+    from .interpreter_fixes import Memory, it
 
-    from .interpreter_fixes import Memory
-
+    builder = it.interpreter_builder
     _check(signature, tensors, scalars)
     shapes, strides = [t.shape for t in tensors], [t.stride() for t in tensors]
     extents = signature.extents(shapes)
@@ -169,10 +169,7 @@ def _span(t: torch.Tensor) -> int:
 
 def _argument(kind: str, value: int | float) -> Any:
     """A value of one of Triton's types, as the kernel is given it on a device."""
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
-
-    from .interpreter_fixes import round_to_bf16
+    from .interpreter_fixes import Handle, it, round_to_bf16, tl
 
     dtype = tl.str_to_ty(kind, None)
     if dtype == tl.bfloat16:
@@ -180,10 +177,10 @@ def _argument(kind: str, value: int | float) -> Any:
     elif dtype.is_ptr():
         data = np.array([value], np.uint64)
     else:
-        data = np.array([value]).astype(_get_np_dtype(dtype))
+        data = np.array([value]).astype(it._get_np_dtype(dtype))
         if dtype.is_int() and int(data[0]) != value:
             raise BindingError(f"{value} is no {kind}")
-    return tl.tensor(TensorHandle(data, dtype), dtype)
+    return tl.tensor(Handle(data, dtype), dtype)
 
 
 def _failure(error: Exception, path: Path, entry: str) -> BuildError:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from einfall.backends.base import Source
-from einfall.backends.triton.interpret import interpret, ready
+from einfall.backends.triton.interpret import interpret, interpreting
 from einfall.ir.errors import BindingError, BuildError, UnsupportedError
 from einfall.schedules.target import load_target
 from triton_sources import elementwise, run, source_of
@@ -48,47 +49,63 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_the_corrections_are_installed():
-    ready()
-    from einfall.backends.triton import interpreter_fixes as fixes
-    from triton.runtime import interpreter as it
+    with interpreting():
+        from einfall.backends.triton import interpreter_fixes as fixes
+        from triton.runtime import interpreter as it
 
-    assert fixes.installed()
-    assert isinstance(it.interpreter_builder, fixes.Builder) and it.interpreter_builder.memory is None
-    assert it.ReduceOps is fixes.ReduceOps and it.ScanOps is fixes.ScanOps
+        assert fixes.installed() and fixes.it is it
+        assert isinstance(it.interpreter_builder, fixes.Builder) and it.interpreter_builder.memory is None
+        assert it.ReduceOps is fixes.ReduceOps and it.ScanOps is fixes.ScanOps
 
 
 def test_an_interpreter_that_is_not_as_expected_is_refused(monkeypatch):
-    ready()
-    from einfall.backends.triton import interpreter_fixes as fixes
-    from triton.runtime import interpreter as it
+    with interpreting():
+        from einfall.backends.triton import interpreter_fixes as fixes
 
     class Other(fixes.Builder):
         create_fadd = lambda self, lhs, rhs: fixes.Handle(lhs.data + rhs.data, lhs.dtype)  # noqa: E731
 
     with pytest.raises(UnsupportedError, match="by other ways"):
         fixes._try(Other())
-    monkeypatch.setattr(it, "ReduceOps", Other)  # as if nothing had been installed
-    monkeypatch.delattr(it.InterpreterBuilder, "create_fma")
+    monkeypatch.setattr(fixes.it, "ReduceOps", Other)  # as if nothing had been installed
+    monkeypatch.delattr(fixes.it.InterpreterBuilder, "create_fma")
     with pytest.raises(UnsupportedError, match=r"lacks .*create_fma"):
         fixes.install()
 
 
-def test_a_process_that_imported_triton_to_compile_is_refused():
-    script = (
-        "import triton.language\n"
-        "from einfall.backends.triton.interpret import ready\n"
-        "from einfall.ir.errors import UnsupportedError\n"
-        "try:\n    ready()\nexcept UnsupportedError as error:\n    print(error)\n"
-    )
+BOTH = """
+import os, sys, torch
+{first}
+from einfall.backends.triton.interpret import FLAG, interpret, interpreting
+with interpreting():
+    import triton.language as tl
+    kind = type(tl.sum).__name__
+import triton.language as compiled
+print(kind, type(compiled.sum).__name__, FLAG in os.environ)
+sys.path[:0] = {path!r}
+from triton_sources import elementwise
+print(elementwise("x + x", {{"X": torch.full((16,), 1.0078125).bfloat16()}}, {{"X": "bf16"}}, "f32")[0].item())
+from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget
+print(sys.modules["triton.language"] is compiled)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import triton"], ids=["first", "after"])
+def test_a_process_interprets_and_compiles(first):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "imported in this process to compile" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
+    script = BOTH.format(first=first, path=[str(Path(__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:3] == ["InterpretedFunction JITFunction False", "2.015625", "True"], done.stderr
 
 
-def test_the_flag_is_not_left_to_processes_that_start_later():
-    before = os.environ.get("TRITON_INTERPRET")
-    ready()
-    assert os.environ.get("TRITON_INTERPRET") == before
+def test_everything_is_as_it_was_after_a_failure():
+    before, modules = dict(os.environ), {name: m for name, m in sys.modules.items() if name.startswith("triton")}
+    with pytest.raises(ZeroDivisionError), interpreting():
+        assert os.environ["TRITON_INTERPRET"] == "1"
+        raise ZeroDivisionError
+    assert dict(os.environ) == before
+    assert {name: m for name, m in sys.modules.items() if name.startswith("triton")} == modules
 
 
 # bf16 -------------------------------------------------------------------------------------------------------------------------------
