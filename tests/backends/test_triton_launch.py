@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 
+import einfall as ef
 import pytest
 import torch
 from einfall.backends.base import Artifact, Source
@@ -16,7 +17,7 @@ from einfall.backends.triton.resources import Resources
 from einfall.backends.triton.signature import Memory, Parameter, Signature
 from einfall.ir.errors import BindingError, BuildError, EinfallError, UnsupportedError
 from einfall.schedules.target import load_target
-from fake_cuda import FakeDriver, build_library, on_device
+from fake_cuda import FakeDevice, FakeDriver, build_library, on_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -429,3 +430,45 @@ def test_a_binary_of_another_kernel_is_refused(gpu):
         kernel(name="other")[0](*tensors(), 1.0, 0)
     with pytest.raises(UnsupportedError, match="num_ctas"):
         kernel(metadata={"num_ctas": 2})[0](*tensors(), 1.0, 0)
+
+
+# -- the whole way -------------------------------------------------------------------------------------------------------------------
+
+
+@ef.kernel
+def weighted(X: "i j", W: "j", *, scale: float) -> "i":
+    return (X * W).sum("j") * scale
+
+
+def test_a_call_goes_from_the_cascade_to_the_driver(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    x, w = torch.randn(48, 64).to(torch.bfloat16), torch.randn(65).to(torch.bfloat16)
+    with ef.configure(cache=tmp_path, database=None), FakeDevice():
+        on_x, on_w = on_device(x), on_device(w[:64])
+        executable = weighted.compile(on_x, on_w, scale=2.0)
+        (part,) = executable.parts
+        builds = part.restored().module
+        entry = launch.Entry.of(builds.full.assembly, builds.full.name, builds.full.warps)
+        gpu.takes(*entry.parameters)
+        kept = weighted(on_x, on_w, scale=2.0)
+        found = weighted(on_x, on_w, scale=2.0)
+        weighted(on_x, on_device(w[1:]), scale=2.0)
+        out = on_device(torch.empty(48, dtype=torch.bfloat16))
+        assert weighted(on_x, on_w, scale=3.0, out=out) is out
+    assert found.device == torch.device("cuda", 0) and found.shape == (48,) and found.dtype == torch.bfloat16
+    first, second, shifted, given = gpu.launches
+    forms = ["Q" if p.kind == "pointer" else "f" if p.kind == "scalar" else "i" for p in builds.signature.parameters]
+    forms += ["Q"] * (len(entry.parameters) - len(forms))
+    values = dict(zip([p.name for p in builds.signature.parameters], second.values(forms), strict=False))
+    places = {(p.kind, p.of, p.axis): values[p.name] for p in builds.signature.parameters}
+    assert places["pointer", "X", 0] == x.data_ptr() and places["pointer", "W", 0] == w.data_ptr()
+    assert places["stride", "X", 0] == 64 and places["extent", "i", 0] == 48 and places["scalar", "scale", 0] == 2.0
+    grid = builds.signature.programs({"i": 48, "j": 64})
+    assert all(found.grid == (grid, 1, 1) and found.block == (32 * builds.full.warps, 1, 1) for found in gpu.launches)
+    output = builds.signature.outputs[0].name
+    place = [(p.kind, p.of) for p in builds.signature.parameters].index(("pointer", output))
+    assert second.values(forms)[place] == found.data_ptr() and given.values(forms)[place] == out.data_ptr()
+    assert first.values(forms)[place] == kept.data_ptr() != second.values(forms)[place], "both are alive"
+    assert shifted.values(forms)[[p.of for p in builds.signature.parameters].index("W")] == w.data_ptr() + 2
+    assert len(builds.built) == 2, "a tensor at an odd address has a build of its own"
