@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pprint import pformat
 
-from ...ir.errors import UnsupportedError
-from ...ir.tile import GridRank, TileProgram
+from ...ir.tile import GridRank, TileProgram, kernel_tiles
+from ...schedules.fit import TooLarge
 from ...schedules.schedule import Schedule
 from ...schedules.target import Target
 from ..base import Source
@@ -30,23 +31,25 @@ from .reductions import check_dots
 from .spread import THREADS, WARP, Block, Spread, loops_of, spread_tiles, tile_sizes
 from .steps import Partial, Step, Whole, keep_partial, read_once
 
-ENTRY = "main"
 SHARED = 64  # elements of a tile of what is read once that a thread has room for
 MOST = 256  # elements of a tile that a thread may hold
+RESERVED = ("task", "tid", "CU", "T")  # names that the source has already
 
 
 def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: frozenset[str] = frozenset()) -> Source:
     """The kernel as source. `strided` names tensors whose last axis may have a stride other than 1.
 
     Of the schedule only the warps of the kernel's options are asked; tiles are in the program, and how they lie over threads follows.
-    Raises `UnsupportedError` naming the statement for what needs tensor cores or has no CUDA helper.
+    Raises `UnsupportedError` naming the statement for what needs tensor cores or has no CUDA helper, `TooLarge` for tiles that a block
+    cannot hold.
     """
     names = Names()
-    for reserved in ("task", "tid", "CU", "T"):
+    for reserved in RESERVED:
         names.fresh(reserved)
+    entry = names.fresh(re.sub(r"\W", "_", program.name))
     memory = Memory(program, names, strided)
     types = {t.name: t.dtype for t in program.inputs}
-    block = spread_tiles(program, {**types, **{o.name: o.dtype for o in program.outputs}}, _threads(program, schedule, target))
+    block = _block(program, schedule, target)
     check_dots(program, block)
     steps: tuple[Step, ...] = keep_partial(to_steps(program.body))
     steps = read_once(steps, types, tile_sizes(program), lambda ranks: _held(block, ranks) <= SHARED)
@@ -55,8 +58,8 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     for tile, (ranks, dtype) in table.items():
         registers[tile] = Registers(names.fresh("t", tile), ranks, storage_type(dtype), block.spreads)
         if registers[tile].size > MOST:
-            what = f"each of {block.threads} threads would hold {registers[tile].size} elements of it, {MOST} at most"
-            raise UnsupportedError(what, statement=tile, hint="smaller tiles in the schedule")
+            what = f"each of {block.threads} threads of {entry} would hold {registers[tile].size} elements of {tile}, {MOST} at most"
+            raise TooLarge(what, kernel=entry, hint="smaller tiles in the schedule")
     starts = {axis.rank: Value(names.fresh("i", axis.rank), "int64") for axis in program.grid}
     evaluator = ThreadEvaluator(
         names, memory, registers, {n: entry[1] for n, entry in table.items()}, _places(program, block, names), starts, block
@@ -65,22 +68,29 @@ def emit(program: TileProgram, schedule: Schedule, target: Target, *, strided: f
     kernel = Kernel(program, names, evaluator, block, digits)
     task: list[Statement] = []
     emit_steps(kernel, steps, (), task)
-    lines = _function(kernel, starts, [*_allocations(registers, task), *task])
-    signature = pformat(signature_of_kernel(program, memory, block).to_literal(), width=136, sort_dicts=False)
+    lines = _function(kernel, entry, starts, [*_allocations(registers, task), *task])
+    signature = pformat(signature_of_kernel(entry, program, memory, block).to_literal(), width=136, sort_dicts=False)
     head = f'"""Kernel {program.name} for {target.name}, emitted by einfall: {block.threads} threads a block.\n\n{_layout(block)}\n"""'
     helpers = helpers_c(tuple(sorted(evaluator.helpers)))
     constants = f"SIGNATURE = {signature}\n\nCU = r'''\n{helpers}\n'''"
-    return Source.make(f"{head}\n\nfrom tvm.script import tirx as T\n\n{constants}\n\n\n" + "\n".join(lines) + "\n", ENTRY, target)
+    return Source.make(f"{head}\n\nfrom tvm.script import tirx as T\n\n{constants}\n\n\n" + "\n".join(lines) + "\n", entry, target)
 
 
-def _threads(program: TileProgram, schedule: Schedule, target: Target) -> int:
-    """The most threads that a block may have, a power of two: as the schedule says, else as is usual."""
-    options = dict(schedule.kernel).get(program.name)
-    asked = THREADS if options is None else options.warps * WARP
-    return 1 << (min(asked, target.limit("threads", THREADS)).bit_length() - 1)
+def _block(program: TileProgram, schedule: Schedule, target: Target) -> Block:
+    """How tiles lie over threads: as many as the schedule says; else as usual, and more where one thread would hold too much."""
+    types = {t.name: t.dtype for t in program.inputs} | {o.name: o.dtype for o in program.outputs}
+    options, limit = dict(schedule.kernel).get(program.name), target.limit("threads", THREADS)
+    if options is not None:
+        return spread_tiles(program, types, 1 << (min(options.warps * WARP, limit).bit_length() - 1))
+    most = THREADS
+    while True:
+        block = spread_tiles(program, types, most)
+        if most * 2 > limit or all(_held(block, ranks) <= MOST for ranks, _ in kernel_tiles(program.body).values()):
+            return block
+        most *= 2
 
 
-def signature_of_kernel(program: TileProgram, memory: Memory, block: Block) -> Signature:
+def signature_of_kernel(entry: str, program: TileProgram, memory: Memory, block: Block) -> Signature:
     """How the kernel is launched. Its parameters come in the order of TVM's: that of the CUDA C, which may leave some of them out."""
     kinds = {"float32": "fp32", "float64": "fp64"}
     parameters: list[Parameter] = []
@@ -94,7 +104,7 @@ def signature_of_kernel(program: TileProgram, memory: Memory, block: Block) -> S
     sizes = {d.name: program.static_size(d.name) for d in program.ranks}
     inputs, outputs = memories(program)
     return Signature(
-        entry=ENTRY,
+        entry=entry,
         inputs=inputs,
         outputs=outputs,
         scalars=tuple(s.name for s in program.scalars),
@@ -158,13 +168,13 @@ def _places(program: TileProgram, block: Block, names: Names) -> dict[str, RankP
     return places
 
 
-def _function(kernel: Kernel, starts: Mapping[str, Value], task: list[Statement]) -> list[str]:
+def _function(kernel: Kernel, entry: str, starts: Mapping[str, Value], task: list[Statement]) -> list[str]:
     """The whole function: parameters, extents, the grid, the thread's digits."""
     program, memory, block = kernel.program, kernel.evaluator.memory, kernel.block
     # an extent that a composed axis tells is an argument as well: TVM would put its formula in its place, which no launcher can fill in
     told = [let for let in memory.derived if let.name in _told(memory)]
     parameters = [*memory.parameters(), *(f"{let.name}: T.int64" for let in told)]
-    lines = ["@T.prim_func(s_tir=True)", f"def {ENTRY}({', '.join(parameters)}):", '    T.func_attr({"tirx.noalias": True})']
+    lines = ["@T.prim_func(s_tir=True)", f"def {entry}({', '.join(parameters)}):", '    T.func_attr({"tirx.noalias": True})']
     lines += [f"    {line.replace(', offset_factor=1', '')}" for line in memory.bindings()]
     total = ts.integer(1)
     inner: list[Statement] = [let for let in memory.derived if let not in told]

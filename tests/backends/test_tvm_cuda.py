@@ -22,6 +22,7 @@ from einfall.ir.expr import Bitcast, Cast, Const, Expr, Index, Masked, Op, Tile,
 from einfall.ir.tile import Dot, GridRank, LoopState, Map, Reduce, Scan, Store, TileProgram
 from einfall.ir.tile_reference import run_program
 from einfall.ir.types import DType, bf16, boolean, e8m0, f8e4m3, f8e5m2, f16, f32, f64, i8, i16, i32, i64, u8
+from einfall.schedules.fit import TooLarge
 from einfall.schedules.schedule import KernelOptions, Schedule
 from einfall.schedules.target import load_target
 from kernels import run, strided_copy
@@ -161,13 +162,18 @@ def test_products_of_matrices_are_refused_with_the_remedy(program):
         source_of(program)
 
 
-def test_a_tile_beyond_the_registers_is_refused_by_name():
-    program = p.elementwise(A, (p.tensor("A", "i j"),), tile=1 << 18)
-    program = TileProgram(
-        "wide", program.inputs, program.outputs, (), (), program.grid, (), (Map("t", ("j",), A), Store("Y", p.idx("i", "j"), Tile("t")))
-    )
-    with pytest.raises(UnsupportedError, match=r"(?s)each of 256 threads would hold 1024 elements.*statement t.*smaller tiles"):
-        source_of(program)
+def test_more_threads_share_what_one_could_not_hold():
+    tile = Map("t", ("j",), p.op("mul", A, 2.0))
+    for size, threads in ((1 << 16, 256), (1 << 17, 512), (1 << 18, 1024), (1 << 19, None)):
+        program = TileProgram(
+            "wide", (p.tensor("A", "i j"),), (p.output("Y", "i j"),), (), (), (GridRank("i", 1), GridRank("j", size)), (),
+            (tile, Store("Y", p.idx("i", "j"), Tile("t"))),
+        )  # fmt: skip
+        if threads is None:
+            with pytest.raises(TooLarge, match=r"(?s)each of 1024 threads of wide would hold 512 elements of t.*smaller tiles"):
+                source_of(program)
+        else:
+            assert f"{threads} threads a block" in source_of(program).text
 
 
 @pytest.mark.parametrize("seed", [1, 3, 8, 24, 26, 100, 103, 104])
@@ -439,7 +445,7 @@ def test_what_a_block_stored_is_read_after_a_barrier():
         "twice", (p.tensor("X", "m p"),), (p.output("Y", "m p"), p.output("S", "m")), (), p.sizes(p=96, q=96), (GridRank("m", 1),), ("p",),
         (stores, p.loop("q", 16, (state,), total), Store("S", p.idx("m"), Tile("s"))),
     )  # fmt: skip
-    assert "__syncthreads" in cuda_of(source_of(program)).rpartition("main_kernel(")[2]
+    assert "__syncthreads" in cuda_of(source_of(program)).rpartition("twice_kernel(")[2]
     x = random(1, 3, 96)
     close(emulated(program, {"X": x})["S"], 2 * x.double().sum(-1), 1e-5)
 

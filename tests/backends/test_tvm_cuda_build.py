@@ -46,7 +46,7 @@ def test_cuda_c_without_a_gpu(built):
     for name, artifact in built.items():
         cuda = artifact.module.cuda
         entry, parameters = entry_of(cuda)
-        assert entry == "main_kernel" and f"__launch_bounds__({32 * build.signature_of(artifact.source).warps})" in cuda
+        assert entry == f"{PROGRAMS[name].name}_kernel" and f"__launch_bounds__({32 * build.signature_of(artifact.source).warps})" in cuda
         assert set(parameters) <= {q.name for q in build.signature_of(artifact.source).parameters}, name
         assert "load_" in cuda.rpartition(entry)[2], name
 
@@ -84,7 +84,7 @@ def test_without_nvcc_there_is_cuda_c_alone(built, monkeypatch):
     monkeypatch.setattr(build, "nvcc", lambda: None)
     backend = TvmCuda()
     artifact = backend.build(built["rows"].source)
-    assert artifact.module.code is None and "main_kernel" in artifact.module.cuda
+    assert artifact.module.code is None and "log_sum_exp_kernel" in artifact.module.cuda
     assert set(backend.facts(artifact)) == {"vectors"}
     with pytest.raises(UnsupportedError, match=r"(?s)CUDA C alone.*nvcc.*try: install the CUDA toolkit"):
         backend.load(artifact)
