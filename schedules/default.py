@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from ..ir.plan import KernelPlan, Plan
-from .gpu import ceil_power, gpu_split, gpu_tiles
+from .footprint import ceil_power
+from .gpu import gpu_split, gpu_tiles
 from .roles import POINTS, Roles, contracted_factors, kernel_roles
 from .schedule import Schedule
 from .target import Target

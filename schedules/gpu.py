@@ -7,13 +7,12 @@ the tuner's to find.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from ..ir.expr import Read, Tile, reads
-from ..ir.infer import expression_ranks
 from ..ir.plan import Plan
-from ..ir.tile import Dot, Loop, Node, TileProgram, kernel_tiles
+from ..ir.tile import TileProgram
+from .footprint import Footprint, ceil_power, footprint
 from .roles import Factors, Roles
 from .schedule import KernelOptions, Schedule
 from .target import Target
@@ -83,17 +82,18 @@ def options_of(program: TileProgram, schedule: Schedule, target: Target) -> Kern
 
 
 def default_options(program: TileProgram, target: Target) -> KernelOptions:
-    """Warps by the largest tile that is computed, tiles in flight by the shared memory they take."""
-    tiles = kernel_tiles(program.body)
-    largest = max((_elements(program, ranks) for ranks, _ in tiles.values()), default=1)
-    dots = [node for node in _nodes(program.body) if isinstance(node, Dot)]
-    if not dots:
+    """The options that a kernel of this program has if its schedule has none for it."""
+    return fitting_options(footprint(program), target)
+
+
+def fitting_options(takes: Footprint, target: Target, tile: Mapping[str, int] = {}) -> KernelOptions:
+    """Warps by the largest tile that is computed, tiles in flight by the shared memory they take; `tile` stands for the program's."""
+    if not takes.products:
+        largest = takes.largest(tile)
         return KernelOptions(warps=8 if largest >= FLAT else 4 if largest >= PLAIN // 2 else 2, stages=3)
-    products = max(_elements(program, node.ranks) for node in dots)
-    warps = 8 if products >= 64 * 128 else 4
-    streamed = sum(_streamed_bytes(program, loop) for loop in program.body if isinstance(loop, Loop))
-    fixed = sum(2 * _elements(program, tiles[name][0]) for name in _operands(dots) - _inside(program))
-    room = STAGED * target.limit("shared_memory", 1 << 16) - fixed
+    warps = 8 if takes.product(tile) >= 64 * 128 else 4
+    streamed = takes.pass_bytes(tile)
+    room = STAGED * target.limit("shared_memory", 1 << 16) - takes.held_bytes(tile)
     stages = max(1, min(3, int(room // streamed))) if streamed else 1
     return KernelOptions(warps=warps, stages=stages, precision="tf32x3" if "tf32" in target.features else "ieee")
 
@@ -101,54 +101,3 @@ def default_options(program: TileProgram, target: Target) -> KernelOptions:
 def complete(schedule: Schedule, default: Schedule) -> Schedule:
     """`schedule` with the tiles of `default` where it has none."""
     return replace(schedule, tile=tuple(sorted({**dict(default.tile), **dict(schedule.tile)}.items())))
-
-
-def _nodes(body: tuple[Node, ...]) -> Iterator[Node]:
-    for node in body:
-        yield node
-        if isinstance(node, Loop):
-            yield from _nodes(node.body)
-
-
-def _elements(program: TileProgram, ranks: tuple[str, ...]) -> int:
-    loops = {node.rank: node for node in _nodes(program.body) if isinstance(node, Loop)}
-    return math.prod(ceil_power(program.tile_size(r, loops.get(r))) for r in ranks)
-
-
-def _streamed_bytes(program: TileProgram, loop: Loop) -> int:
-    """Bytes that one pass of a loop reads into operands of products."""
-    types = {t.name: t.dtype for t in program.inputs}
-    total = 0.0
-    seen: set[Read] = set()
-    tiles = {name: ranks for name, (ranks, _) in kernel_tiles(program.body).items()}
-    for node in loop.body:
-        if not isinstance(node, Dot):
-            continue
-        for side in (node.a, node.b):
-            for read in reads(side):
-                ranks = tuple(dict.fromkeys(r for c in read.coords for r in expression_ranks(c, tiles)))
-                if read in seen or loop.rank not in ranks or read.tensor not in types:
-                    continue
-                seen.add(read)
-                total += types[read.tensor].bytes * math.prod(_tile_of(program, r, loop) for r in ranks)
-    return int(total)
-
-
-def _tile_of(program: TileProgram, rank: str, loop: Loop) -> int:
-    try:
-        return ceil_power(program.tile_size(rank, loop))
-    except KeyError:
-        return 1
-
-
-def _operands(dots: list[Dot]) -> set[str]:
-    return {side.name for node in dots for side in (node.a, node.b) if isinstance(side, Tile)}
-
-
-def _inside(program: TileProgram) -> set[str]:
-    return {name for node in program.body if isinstance(node, Loop) for name in kernel_tiles(node.body)}
-
-
-def ceil_power(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `n` and `least`."""
-    return max(least, 1 << max(0, n - 1).bit_length())

@@ -17,7 +17,7 @@ from typing import Any
 from ..ir.cascade import Einsum
 from ..ir.plan import KernelPlan, Plan
 from .default import default_schedule, default_tiles
-from .gpu import ceil_power
+from .footprint import ceil_power
 from .roles import Roles, is_contraction, kernel_roles
 from .schedule import DotSchedule, GridOrder, Schedule
 from .target import Target
