@@ -16,7 +16,7 @@ from .gpu import options_of
 from .schedule import Schedule
 from .target import Target
 
-SHORTEST = 16  # of a tile that is halved to
+SHORTEST = 16  # of a loop's tile that is halved to; those of the grid may become 1
 MOST_WARPS = 8  # that registers are shared among
 
 T = TypeVar("T")
@@ -47,11 +47,13 @@ def roomier(schedule: Schedule, program: TileProgram, target: Target) -> Schedul
 
 
 def _halved(schedule: Schedule, program: TileProgram) -> Schedule | None:
-    tiles = {axis.rank: axis.tile for axis in program.grid}
-    for loop in _loops(program.body):
-        tiles[loop.rank] = max(loop.tile, tiles.get(loop.rank, 1))
+    """`schedule` with half of the longest tile, of a loop or of the grid, and when all of them are short of the grid alone."""
+    grid = {axis.rank: axis.tile for axis in program.grid}
+    tiles = {**grid, **{loop.rank: max(loop.tile, grid.get(loop.rank, 1)) for loop in _loops(program.body)}}
+    if max(tiles.values(), default=1) <= SHORTEST:
+        tiles = grid
     longest = max(tiles, key=lambda rank: tiles[rank], default=None)
-    if longest is None or tiles[longest] <= SHORTEST:
+    if longest is None or tiles[longest] == 1:
         return None
     return replace(schedule, tile=_with(schedule.tile, f"{program.name}.{longest}", tiles[longest] // 2))
 
