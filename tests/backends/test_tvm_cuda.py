@@ -17,7 +17,7 @@ from einfall.backends.registry import backend_for
 from einfall.backends.tvm_cuda import TvmCuda
 from einfall.backends.tvm_cuda.build import cuda_of
 from einfall.backends.tvm_cuda.emulator import emulate
-from einfall.ir.errors import UnsupportedError
+from einfall.ir.errors import BindingError, BuildError, UnsupportedError
 from einfall.ir.expr import Bitcast, Cast, Const, Expr, Index, Masked, Op, Tile, aligned
 from einfall.ir.tile import Dot, GridRank, LoopState, Map, Reduce, Scan, Store, TileProgram
 from einfall.ir.tile_reference import run_program
@@ -467,3 +467,44 @@ def test_the_target_chooses_the_emitter():
     for name in ("cpu+tvm", "hip:gfx942+tvm", "cuda:sm_12345+tvm"):
         with pytest.raises(UnsupportedError, match="unknown target"):
             load_target(name)
+
+
+# -- the emulator -------------------------------------------------------------------------------------------------------------------
+
+
+def spoiled(program, old, new):
+    """The kernel with something replaced in its helpers."""
+    source = source_of(program)
+    assert old in source.text
+    return emulate(type(source).make(source.text.replace(old, new), source.entry, source.target))
+
+
+def test_the_emulator_shows_a_missing_barrier():
+    program, x = p.normalise(tile=1024), random(1, 1, 1024).abs()
+    results = []
+    for falling in (False, True):
+        y, d = torch.zeros_like(x), torch.zeros(1)
+        spoiled(program, "__syncthreads();", "")(x, y, d, falling=falling)
+        results.append(d.item())
+    assert any(abs(d - x.double().sum().item()) > 1 for d in results)
+
+
+def test_the_emulator_refuses_threads_that_part_at_a_barrier():
+    x = random(1, 1, 1024)
+    for spoilt in ("if (threadIdx.x != 7) __syncthreads();", "if (threadIdx.x < 32) __syncthreads();"):
+        with pytest.raises(BuildError, match="threads of normalise part at a barrier"):
+            spoiled(p.normalise(tile=1024), "__syncthreads();", spoilt)(x, torch.zeros_like(x), torch.zeros(1))
+
+
+def test_the_emulator_knows_warps():
+    """Shuffles stay within 32 threads: with those of another distance the sum is another."""
+    x = random(1, 1, 1024)
+    y, d = torch.zeros_like(x), torch.zeros(1)
+    spoiled(p.normalise(tile=1024), "__shfl_xor_sync(0xffffffffu, x, 16)", "__shfl_xor_sync(0xffffffffu, x, 8)")(x, y, d)
+    assert abs(d.item() - x.double().sum().item()) > 1e-3
+
+
+def test_an_emulated_kernel_takes_cpu_tensors():
+    kernel = kernel_of(p.normalise(tile=1024))
+    with pytest.raises(BindingError, match="X lies on meta"):
+        kernel(torch.zeros(1, 8, device="meta"), torch.zeros(1, 8), torch.zeros(1))

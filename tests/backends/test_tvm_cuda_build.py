@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 
+import einfall as ef
 import programs as p
 import pytest
 import torch
@@ -185,3 +186,22 @@ def test_a_tensor_on_the_wrong_device_is_refused_by_name(built):
 
     with pytest.raises(BindingError, match="X on cpu"):
         load(built["rows"])(torch.zeros(2, 8), torch.zeros(2))
+
+
+def test_from_a_function_to_a_folder_and_back(tmp_path):
+    @ef.kernel
+    def spread(X: "m p") -> "m":
+        return ef.var(X, "p")
+
+    with ef.configure(cache=tmp_path / "cache", database=None):
+        exe = spread.compile(dims={"m": 8, "p": 4096}, target="cuda:sm_90+tvm")
+        assert "T.launch_thread" in exe.source and exe.target.name == "cuda:sm_90+tvm"
+        exe.save(tmp_path / "saved")
+        assert {"0_spread.py", "0_spread.cu"} <= {f.name for f in (tmp_path / "saved").iterdir()}
+        again = ef.load(tmp_path / "saved")
+        assert again.source == exe.source
+        with pytest.raises(UnsupportedError, match=r"X lies on cpu; this executable was built for cuda:sm_90\+tvm"):
+            again(torch.zeros(8, 4096))
+        report = spread.check(dims={"m": 3}, target="cuda:sm_90+tvm", trials=2)
+        assert report.ran == "interpreter" and all(not trial.failure for trial in report.trials)
+        assert spread.explain(dims={"m": 8, "p": 4096}, target="cuda:sm_90+tvm", show=False).to_dict()["kernels"]
