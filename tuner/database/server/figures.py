@@ -77,7 +77,7 @@ def rooflines(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def _roofline(found: Sequence[Mapping[str, Any]], target: Target | None) -> str:
     points = [(w["flops"] / w["bytes"], w["flops"] / w["median_ms"] * 1e3, f"{w['name']} {w['extents_text']}") for w in found]
-    roofs = [] if target is None else [(target.peak("dot", DTYPES[name])[2], name) for name in ("f32", "bf16")]
+    roofs = [] if target is None else [(target.peak("matrix", DTYPES[name])[2], name) for name in ("f32", "bf16")]
     bandwidth = 0.0 if target is None else target.memory.bandwidth
     rates = [rate for _, rate, _ in points] + [peak for peak, _ in roofs]
     knees = [peak / bandwidth for peak, _ in roofs]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from datasette import hookimpl
 from datasette.utils.asgi import NotFound, Response
@@ -20,10 +20,16 @@ from ..why import why
 from .figures import curves, machines, rooflines, winners
 
 NAME = r"(?P<database>[^/]+)"
+F = TypeVar("F")
 MAX_SHARED = 10_000  # measurements in one answer
 
 
-@hookimpl
+def hook(function: F) -> F:
+    """Marks a function as one that Datasette calls."""
+    return cast(F, hookimpl(function))
+
+
+@hook
 def register_routes() -> list[tuple[str, Any]]:
     """The addresses."""
     return [
@@ -34,7 +40,7 @@ def register_routes() -> list[tuple[str, Any]]:
     ]
 
 
-@hookimpl
+@hook
 def menu_links(datasette: Any) -> list[dict[str, str]]:
     """The way to the pages, in the menu of every page."""
     return [{"href": datasette.urls.path("/-/einfall"), "label": "Tuned schedules"}]
