@@ -357,6 +357,40 @@ def test_a_write_to_a_full_disk_is_an_error_and_loses_nothing(path):
         assert len(db.ls()) == 1
 
 
+LIMITED = """
+import resource, signal, sys
+sys.path.insert(0, {folder!r})
+from made_up import measurement
+from einfall.ir.errors import DatabaseError
+from einfall.tuner.database import Database
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+db = Database.open({path!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+try:
+    for i in range(100_000):
+        print(db.record(measurement(i + 1, *[1.0 + i] * 20)), flush=True)
+except DatabaseError as error:
+    print("refused", error.what)
+"""
+
+
+def test_a_file_that_may_not_grow_keeps_all_that_was_written(path):
+    """As with a full disk or a quota, wherever in SQLite's writing it strikes."""
+    with Database.open(path, create=True) as db:
+        db.record(measurement(200_000, 0.5, 0.5, 0.5))
+    for room in (40_000, 300_000, 1_500_000):
+        code = LIMITED.format(folder=str(Path(__file__).parent), path=str(path), size=path.stat().st_size + room)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        *ids, last = done.stdout.splitlines()
+        assert last.startswith("refused") and str(path) in last, done.stdout[-200:]
+        with Database.open(path) as db:
+            db.check()
+            kept = {row[0] for row in db.read("SELECT id FROM measurement")}
+            assert kept >= set(ids)
+            assert db.ls()[0].median_ms == 0.5
+            db.record(measurement(200_000, 0.5, 0.5, 0.5))  # with room again, it goes on
+
+
 # Values that cannot be used ---------------------------------------------------------------------------------------------------------
 
 HOSTILE = [

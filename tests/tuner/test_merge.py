@@ -255,6 +255,21 @@ def test_a_source_that_cannot_be_used_is_named_and_changes_nothing(tmp_path, bad
     assert len(read(a)["measurement"]) == len(before["measurement"]) + 1
 
 
+def test_a_merge_without_room_changes_nothing_and_names_the_file_that_is_full(tmp_path):
+    a, b = tmp_path / "a.db", tmp_path / "b.db"
+    for path, count in ((a, 1), (b, 400)):
+        with Database.open(path, create=True) as db:
+            db.record_all([measurement(i + 1, 1.0 + i, 1.0, 1.0) for i in range(count)])
+    before = read(a)
+    with Database.open(a) as db:
+        pages = db.read("PRAGMA page_count")[0][0]
+        db.read(f"PRAGMA max_page_count = {pages + 5}")
+        with pytest.raises(DatabaseError, match=r"a\.db cannot grow, the disk is full"):
+            merge.merge(db, b)
+        db.check()
+    assert read(a) == before
+
+
 def test_a_file_that_may_not_be_written_can_be_merged_from(tmp_path, unprivileged):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

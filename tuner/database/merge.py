@@ -63,9 +63,14 @@ def unite(database: Database, source: Path, *, kind: str, content: str, name: st
     """Adds what the attached schema `other` holds, in one transaction, and writes down which rows came from there."""
     with database.writing() as connection:
         before = _last(connection)
-        with schema.explained(source):
-            mended, refused = zip(*(_mend(connection, table) for table in TABLES), strict=True)
-            found = Taken({table.name: _copy(connection, table) for table in TABLES}, sum(mended), sum(refused))
+        try:
+            found = Taken()
+            for table in TABLES:
+                added, there = _copy(connection, table)
+                mended, refused = _mend(connection, table) if there else (0, 0)
+                found += Taken({table.name: added}, mended, refused)
+        except sqlite3.Error as error:
+            raise schema.explain(source if _is_damaged(connection) else database.path, error) from error
         if found.mended:
             choice.rebuild(connection)
         else:
@@ -106,14 +111,23 @@ def scratch(database: Database) -> Iterator[Callable[[Table, list[tuple[Any, ...
         yield put
 
 
-def _copy(connection: sqlite3.Connection, table: Table) -> int:
-    """Adds the rows that are not here yet; how many they are. Whether they can be used is asked as they are read."""
+def _copy(connection: sqlite3.Connection, table: Table) -> tuple[int, bool]:
+    """Adds the rows that are not here yet; how many they are, and whether some were here. Readers ask whether they can be used."""
     columns = ", ".join(table.names)
     order = " ORDER BY number" if table is MEASUREMENT else " ORDER BY id"
-    return connection.execute(
+    added = connection.execute(
         f"INSERT OR IGNORE INTO main.{table.name} ({columns}) SELECT {columns} FROM other.{table.name} "
         f"WHERE typeof(id) = 'text' AND length(id) <= 32{order}"
     ).rowcount
+    return added, bool(added < connection.execute(f"SELECT count(*) FROM other.{table.name}").fetchone()[0])
+
+
+def _is_damaged(connection: sqlite3.Connection) -> bool:
+    """Whether it is the other file that SQLite cannot read."""
+    try:
+        return bool(connection.execute("PRAGMA other.quick_check(1)").fetchone()[0] != "ok")
+    except sqlite3.Error:
+        return True
 
 
 def _mend(connection: sqlite3.Connection, table: Table) -> tuple[int, int]:

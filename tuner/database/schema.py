@@ -137,7 +137,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        raise _explain(path, error) from error
+        raise explain(path, error) from error
 
 
 def missing(path: Path) -> DatabaseError:
@@ -145,12 +145,16 @@ def missing(path: Path) -> DatabaseError:
     return DatabaseError(f"there is no tuning database at {path}", hint=f"`einfall tune ... --db {path}` creates it")
 
 
-def _explain(path: Path, error: Exception) -> DatabaseError:
+def explain(path: Path, error: Exception) -> DatabaseError:
+    """The error that says what an error of SQLite or of the system means for the file."""
     text = str(error).lower()
     if "not a database" in text:
         return DatabaseError(f"{path} is not an SQLite database", hint="name another file with --db; this one is left as it is")
-    if "malformed" in text or "disk i/o" in text or "corrupt" in text:
+    if "malformed" in text or "corrupt" in text:
         return DatabaseError(f"{path} is damaged or truncated ({error})", hint="restore it from a copy, or remove it and tune again")
+    if "disk i/o" in text:
+        hint = "look at the disk, its space and your quota, then `einfall db verify`; what was written before is kept"
+        return DatabaseError(f"{path} cannot be read or written ({error})", hint=hint)
     if "readonly" in text or "read-only" in text or isinstance(error, PermissionError):
         return DatabaseError(f"{path} cannot be written ({error})", hint="change its permissions, or name another file with --db")
     if "unable to open" in text or isinstance(error, OSError):
