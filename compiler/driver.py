@@ -161,12 +161,21 @@ def _with_room(order: Order, lowered: Lowered, store: DiskCache, *, given: bool)
         try:
             return Built(lowered, *_parts(order, lowered, store))
         except TooLarge as error:
-            entries = {source.entry: program for program, source in zip(lowered.programs, lowered.sources, strict=True)}
-            less = None if given or error.kernel not in entries else smaller(lowered.schedule, entries[error.kernel], order.target)
-            if less is None:
+            if given:
                 raise
-            _say(f"{error.what}; a smaller schedule is tried", less.to_json())
-            lowered = lower_plan(order, lowered.plan, less)
+            lowered = _less(order, lowered, error)
+
+
+def _less(order: Order, lowered: Lowered, error: TooLarge) -> Lowered:
+    """The plan lowered by a schedule so much smaller that there may be room. Raises `error` where nothing is left to take away."""
+    _say("a smaller schedule is tried", error.what)
+    for _ in range(error.halvings):
+        entries = {source.entry: program for program, source in zip(lowered.programs, lowered.sources, strict=True)}
+        less = smaller(lowered.schedule, entries[error.kernel], order.target) if error.kernel in entries else None
+        if less is None:
+            raise error
+        lowered = lower_plan(order, lowered.plan, less)
+    return lowered
 
 
 def _parts(order: Order, lowered: Lowered, store: DiskCache) -> tuple[Parts, list[dict[str, Any]]]:

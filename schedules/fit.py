@@ -7,6 +7,7 @@ not wrong, there are more warps to share a tile, then shorter ones.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TypeVar
 
@@ -23,10 +24,11 @@ T = TypeVar("T")
 
 
 class TooLarge(ScheduleError):
-    """A kernel takes more of something than its target has."""
+    """A kernel takes more of something than its target has: `times` as much."""
 
-    def __init__(self, what: str, *, kernel: str, hint: str) -> None:
+    def __init__(self, what: str, *, kernel: str, hint: str, times: float = 1.0) -> None:
         self.kernel = kernel
+        self.halvings = max(1, math.ceil(math.log2(times)))  # of what it takes, until there may be room
         super().__init__(what, hint=hint)
 
 

@@ -132,7 +132,7 @@ def check_resources(resources: Resources, signature: Signature, target: Target) 
     ):
         if limit and amount > limit:
             text = f"kernel {signature.entry} takes {amount} {what}, and a block of {target.name} has {limit}"
-            raise TooLarge(text, kernel=signature.entry, hint=hint)
+            raise TooLarge(text, kernel=signature.entry, times=amount / limit, hint=hint)
 
 
 def _warps_by_registers(resources: Resources, target: Target) -> int:
