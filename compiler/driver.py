@@ -34,7 +34,7 @@ from .store import executable_of, manifest, toolchain
 
 FORMAT = 1  # of the entries; raised when their layout changes
 SOURCE, BINARY = "kernel.py", "kernel"  # and the ending that the backend's files have
-TRIES = 4  # of a smaller schedule where registers spill
+TRIES = 3  # of a smaller schedule where registers spill
 CROWDED = 128  # bytes that a kernel of a default schedule may spill
 Parts = list[Part | LibraryPart | LoopPart]
 Lookup = Callable[[Cascade, Mapping[str, int], Target], Schedule | None]
