@@ -148,7 +148,7 @@ def read_once(
     for step in steps:
         if isinstance(step, Stream):
             continue
-        for read in {r for e in _expressions(step) for r in _plain_reads(e)}:
+        for read in dict.fromkeys(r for e in _expressions(step) for r in _plain_reads(e)):
             own = tuple(r for r in expression_ranks(read) if r in ranks)
             if read.tensor in types and own and fits(own) and not any(isinstance(n, Tile) for n in walk(read)):
                 count[read] = count.get(read, 0) + 1

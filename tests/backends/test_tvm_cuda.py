@@ -7,6 +7,9 @@ missing shows so. What NVIDIA's compiler makes of the same text is looked at whe
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from functools import cache
 
 import numpy as np
@@ -390,6 +393,21 @@ def test_the_source_reads_like_the_program():
         assert line in text
     assert text.count("load_float32_v4") == 3  # defined, and called in both bodies: what two statements read is read once
     compile(text, "kernel.py", "exec")
+
+
+def test_the_same_program_gives_the_same_source_in_every_process():
+    """The source names the binary in the cache."""
+    code = (
+        "import programs as p; from random_programs import random_program; from test_tvm_cuda import source_of\n"
+        "print(*(source_of(q).hash for q in (p.log_sum_exp(), p.normalise(), p.decode(), *map(random_program, (1, 3, 8, 103)))))"
+    )
+    printed = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1] and len(printed[0].split()) == 7
 
 
 def test_what_only_gathers_is_reduced_across_threads_once():
