@@ -3,9 +3,10 @@
     python benchmarks/database.py                   everything, as JSON on stdout; a few minutes
     python benchmarks/database.py --rows 20000      smaller
 
-Each process that writes records measurements as a tuning run does, one transaction each, all into one file. A look-up is timed as a
-kernel call makes it, by extents and with an empty memo, and again with a full one. What is merged are two files of which neither has
-a measurement of the other; each has 200 measurements a workload, four of them finals. The load of the machine is told with the figures.
+Each process that writes records measurements as tuning runs do, of workloads of its own, one transaction each, all into one file. A
+look-up is timed as a kernel call makes it, by extents and with an empty memo, and again with a full one. What is merged are two files of
+which neither has a measurement of the other; each has 200 measurements a workload, four of them finals. The load of the machine is told
+with the figures.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ write(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 """
 
 
-def measurements(count: int, seed: int) -> Iterator[Measurement]:
-    """Tuning runs one after the other, each of one workload."""
+def measurements(count: int, seed: int, first: int = 0) -> Iterator[Measurement]:
+    """Tuning runs one after the other, each of one workload, numbered from `first`."""
     rng = random.Random(seed)
     device, toolchain, policy = describe_device(TARGET), describe_toolchain(TARGET), Policy()
     schedules = [Schedule.make(tile={"m": 1 << (i % 8), "p": 1 + i}) for i in range(TRIALS)]
@@ -51,7 +52,7 @@ def measurements(count: int, seed: int) -> Iterator[Measurement]:
     for i in range(count):
         trial = i % (TRIALS + FINALS)
         if trial == 0 or workload is None:
-            run, workload = ulid(), Workload.of(CASCADE, extents(i // (TRIALS + FINALS)))
+            run, workload = ulid(), Workload.of(CASCADE, extents(first + i // (TRIALS + FINALS)))
         final = trial >= TRIALS
         base = 1.0 + (0.1 * (trial - TRIALS) if final else rng.expovariate(1.0))
         yield Measurement(
@@ -82,7 +83,7 @@ def fill(path: Path, count: int, seed: int) -> None:
 
 def write(path: str, count: int, seed: int) -> None:
     """Records measurements one by one, after a line on stdin says go; says when it began and ended."""
-    found = list(measurements(count, seed))
+    found = list(measurements(count, seed, first=seed * count))
     with Database.open(path, create=True) as db:
         print("ready", flush=True)
         sys.stdin.readline()

@@ -89,7 +89,7 @@ def test_show_takes_the_beginning_of_an_id_and_says_when_it_is_not_enough(path):
 def test_rolled_back_as_one(path):
     good, bad = measurement(8, 1.0, 1.0, 1.0), measurement(16, 1.0, float("nan"), 1.0)
     with Database.open(path, create=True) as db:
-        with pytest.raises(DatabaseError, match="cannot be recorded: a sample is 'nan'"):
+        with pytest.raises(DatabaseError, match="cannot be recorded: a sample is nan"):
             db.record_all([good, bad])
         assert db.ls() == ()
         with pytest.raises(DatabaseError), db.writing() as connection:

@@ -12,6 +12,7 @@ import sqlite3
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 from .queries import one
@@ -248,11 +249,8 @@ def _read(connection: sqlite3.Connection, numbers: list[int]) -> Iterator[tuple[
     for begin in range(0, len(numbers), _BATCH):
         asked = ", ".join(map(str, numbers[begin : begin + _BATCH]))
         for number, *row in connection.execute(f"SELECT {columns} FROM measurement WHERE number IN ({asked})").fetchall():
-            if not MEASUREMENT.is_named_right(row[0], row[1:]):
-                continue
-            try:
-                m = Sampled.from_row(dict(zip(MEASUREMENT.names, row, strict=True)))
-            except Invalid:
+            m = _sound(tuple(row))
+            if m is None:
                 continue
             if m.evidence not in proven:
                 proven[m.evidence] = has_evidence(connection, m.evidence)
@@ -260,10 +258,26 @@ def _read(connection: sqlite3.Connection, numbers: list[int]) -> Iterator[tuple[
                 yield number, m
 
 
+@lru_cache(8192)
+def _sound(row: tuple[Any, ...]) -> Sampled | None:
+    """The measurement that a row says, if it hashes to its name and can be used. Many writers settle the same rows again and again."""
+    if not MEASUREMENT.is_named_right(row[0], row[1:]):
+        return None
+    try:
+        return Sampled.from_row(dict(zip(MEASUREMENT.names, row, strict=True)))
+    except Invalid:
+        return None
+
+
 def has_evidence(connection: sqlite3.Connection, name: str | None) -> bool:
     """Whether that evidence is there, hashes to its name, and found no error above its tolerance."""
     row = None if name is None else connection.execute(_EVIDENCE, (name,)).fetchone()
-    return row is not None and EVIDENCE.is_named_right(row[0], row[1:]) and bool(row[-1] <= row[-2])
+    return row is not None and _is_proof(row)
+
+
+@lru_cache(8192)
+def _is_proof(row: tuple[Any, ...]) -> bool:
+    return EVIDENCE.is_named_right(row[0], row[1:]) and bool(row[-1] <= row[-2])
 
 
 def rebuild(connection: sqlite3.Connection) -> int:

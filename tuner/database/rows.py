@@ -26,6 +26,7 @@ _TYPES: Mapping[Kind, tuple[type, ...]] = {
     "text": (str,), "whole": (int,), "real": (float,), "text?": (str, type(None)), "real?": (float, type(None)),
 }  # fmt: skip
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_encode_sorted = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
 
 
 class Invalid(ValueError):
@@ -34,7 +35,7 @@ class Invalid(ValueError):
 
 def canonical(data: object) -> str:
     """One line of JSON with sorted keys."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return _encode_sorted(data)
 
 
 def digest(text: str, digits: int = 32) -> str:
@@ -112,6 +113,8 @@ class Table:
 
 def _stored(value: Value, kind: Kind) -> Value:
     if isinstance(value, str):
+        if value.isascii() and "\x00" not in value:
+            return value
         return value.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
     if isinstance(value, (int, float)) and kind.startswith("real"):
         return float(value) + 0.0  # no negative zero: SQLite does not keep its sign

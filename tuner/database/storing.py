@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 from ...ir.errors import DatabaseError
 from ...schedules.schedule import Schedule
 from . import rows
 from .records import (
+    FASTEST_MS,
+    MAX_SAMPLES,
+    SLOWEST_MS,
+    Basis,
     Device,
     Evidence,
     Invalid,
     Measurement,
     Policy,
+    Role,
     Sampled,
+    Status,
     Toolchain,
     Workload,
     evidence_from_row,
     parse_extents,
     parse_schedule,
 )  # fmt: skip
-from .rows import Table, canonical
+from .rows import MAX_WHOLE, Table, canonical
 
 MAX_REASON = 4000
 REMEMBERED = 1024
+STATUSES, ROLES, BASES = (frozenset(get_args(kind)) for kind in (Status, Role, Basis))
 
 
 def insertion(table: Table) -> str:
@@ -113,14 +120,24 @@ def rows_of(m: Measurement) -> list[tuple[str, tuple[Any, ...]]]:
     try:
         found = [(table.name, row) for table, row in description_rows(m)]
         found.append(("measurement", measurement_row(m)))
-        named = dict(zip(rows.MEASUREMENT.names, found[-1][1], strict=True))
-        Sampled.from_row(named)
-        if not all(0 <= named[name] < 1 << 63 for name in ("trial", "memory_bytes")) or not -(1 << 63) <= named["seed"] < 1 << 63:
-            raise Invalid("a number is out of bounds")
+        check_measurement(m)
     except Invalid as error:
         what = f"this measurement cannot be recorded: {error}"
         raise DatabaseError(what, hint="samples are times in ms; only status ok has them") from None
     return found
+
+
+def check_measurement(m: Measurement) -> None:
+    """Raises `Invalid` for a measurement that readers would pass over."""
+    if m.status not in STATUSES or m.role not in ROLES or m.basis not in BASES:
+        raise Invalid(f"status, role and basis are {m.status}, {m.role} and {m.basis}")
+    if (m.status == "ok") != bool(m.samples_ms) or len(m.samples_ms) > MAX_SAMPLES:
+        raise Invalid(f"status {m.status} with {len(m.samples_ms)} samples")
+    for time_ms in m.samples_ms if m.baseline_ms is None else (*m.samples_ms, m.baseline_ms):
+        if not FASTEST_MS <= time_ms <= SLOWEST_MS:
+            raise Invalid(f"a sample is {time_ms} ms")
+    if not 0 <= m.trial < MAX_WHOLE or not 0 <= m.device.memory_bytes < MAX_WHOLE or not -MAX_WHOLE <= m.seed < MAX_WHOLE:
+        raise Invalid("a number is out of bounds")
 
 
 def check_descriptions(table: Table, row: tuple[Any, ...]) -> None:
