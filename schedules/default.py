@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..ir.plan import KernelPlan, Plan
 from .footprint import ceil_power
 from .gpu import gpu_split, gpu_tiles
-from .roles import POINTS, Roles, contracted_factors, kernel_roles
+from .roles import POINTS, Roles, factor_bytes, kernel_roles
 from .schedule import Schedule
 from .target import Target
 
@@ -50,7 +50,7 @@ def _tiles(plan: Plan, kernel: KernelPlan, sizes: Mapping[str, int], target: Tar
     roles = kernel_roles(plan.cascade, kernel, sizes)
     if target.kind == "cpu":
         return default_tiles(roles, sizes)
-    return gpu_tiles(roles, sizes, contracted_factors(plan.cascade, kernel, roles, sizes))
+    return gpu_tiles(roles, sizes, factor_bytes(plan.cascade, kernel, roles, sizes), target)
 
 
 def default_tiles(roles: Roles, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -15,9 +15,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..ir.expr import Read, Tile, reads
+from ..ir.expr import Expr, Read, Tile, reads, walk
 from ..ir.infer import expression_ranks
-from ..ir.tile import Dot, Loop, Node, TileProgram, kernel_tiles
+from ..ir.tile import Dot, Loop, Map, Node, TileProgram, kernel_tiles
 from ..ir.types import f32
 
 Ranks = tuple[str, ...]
@@ -74,12 +74,16 @@ class Footprint:
         """What one pass of the loops at the top fetches for their own products."""
         return int(sum(o.bytes * self.elements(o.ranks, tile) for o in self.fetched if o.depth == 0))
 
-    def shared_bytes(self, stages: int, tile: Mapping[str, int] = {}) -> int:
-        """Shared memory with so many tiles in flight, in the loop that takes most of it."""
+    def shared_bytes(self, stages: int, tile: Mapping[str, int] = {}, *, kept: bool = True) -> int:
+        """Shared memory with so many tiles in flight, in the loop that takes most of it.
+
+        `kept`: whether what is held stays there, beside the loops; else it passes through once.
+        """
         loops: dict[int, float] = {}
         for o in self.fetched:
             loops[o.loop] = loops.get(o.loop, 0.0) + o.bytes * self.elements(o.ranks, tile)
-        return self.held_bytes(tile) + int(stages * max(loops.values(), default=0.0))
+        flying, held = int(stages * max(loops.values(), default=0.0)), self.held_bytes(tile)
+        return flying + held if kept else max(flying, held)
 
     def registers(self, threads: int, tile: Mapping[str, int] = {}) -> int:
         """Registers of a thread for what a loop carries and the largest tile beside it."""
@@ -129,19 +133,28 @@ def _sizes(program: TileProgram) -> dict[str, int]:
 
 
 def _fetched(program: TileProgram, loop: Loop, ranks_of: Mapping[str, Ranks], number: int, depth: int) -> Iterator[Operand]:
-    """What a pass of a loop reads into operands of products, every read once."""
+    """What a pass of a loop reads for operands of products, through what is made of it in the pass, every read once."""
     types = {t.name: t.dtype for t in program.inputs}
+    made = {node.dst: node.expr for node in loop.body if isinstance(node, Map)}
     seen: set[Read] = set()
     for node in loop.body:
         if isinstance(node, Loop):
             yield from _fetched(program, node, ranks_of, number, depth + 1)
         if not isinstance(node, Dot):
             continue
-        for read in (r for side in (node.a, node.b) for r in reads(side)):
+        for read in (r for side in (node.a, node.b) for r in _reads_through(side, made)):
             ranks = tuple(dict.fromkeys(r for c in read.coords for r in expression_ranks(c, ranks_of)))
             if read not in seen and loop.rank in ranks and read.tensor in types:
                 seen.add(read)
                 yield Operand(types[read.tensor].bytes, ranks, number, depth)
+
+
+def _reads_through(e: Expr, made: Mapping[str, Expr]) -> Iterator[Read]:
+    """The reads of an expression and of the tiles in it that the pass makes."""
+    yield from reads(e)
+    for node in walk(e):
+        if isinstance(node, Tile) and node.name in made:
+            yield from _reads_through(made[node.name], made)
 
 
 def ceil_power(n: int, least: int = 1) -> int:

@@ -13,37 +13,41 @@ from dataclasses import replace
 from ..ir.plan import Plan
 from ..ir.tile import TileProgram
 from .footprint import Footprint, ceil_power, footprint
-from .roles import Factors, Roles
+from .roles import Roles
 from .schedule import KernelOptions, Schedule
 from .target import Target
 
-ROWS, FEW_ROWS = 128, 16  # rows of a matrix product; below the second number they are taken as they come
+ROWS = 128  # of a matrix product
 BYTES = 16384  # of the largest tile of a stream's operands
 LONGEST, SHORTEST = 128, 32  # of the stream in a tile, where products are summed
 FLAT = 4096  # elements of a tile without products
 PLAIN = 1024  # elements of a task that streams nothing
-WHOLE = 256  # elements of a product's sum that are held at once; deeper ones are done block by block
+WIDE = 256  # bytes of an operand at one index of the stream, from which on fewer rows share it
 TASKS, STRETCH = 2, 4  # tasks a core that a cut stream makes, tiles a stretch at least
+DIRECT = {"wgmma", "tcgen05"}  # matrix units that read shared memory themselves
 STAGED = 0.6  # of shared memory, for tiles in flight
 
 
-def gpu_tiles(roles: Roles, sizes: Mapping[str, int], factors: Factors) -> dict[str, int]:
-    """The tile of each grid rank and of the stream of one kernel; all are powers of two."""
+def gpu_tiles(roles: Roles, sizes: Mapping[str, int], width: int, target: Target) -> dict[str, int]:
+    """The tile of each grid rank and of the stream of one kernel; all are powers of two.
+
+    `width` is the bytes of the largest operand of a product at one index of the stream.
+    """
+    longest = LONGEST if DIRECT & set(target.features) else LONGEST // 2  # other matrix units take both operands from registers
     tile: dict[str, int] = dict.fromkeys(roles.units, 1)
     resident = math.prod(sizes.get(r, 1) for r in roles.resident)
     if not roles.contracts:
         budget = FLAT if roles.stream is not None else PLAIN
         return _flat_tiles(roles, sizes, tile, max(1, budget // ceil_power(resident)))
-    deep = ceil_power(min(factors.depth, WHOLE))
-    rows = ROWS if deep * factors.bytes <= 256 else ROWS // 2
+    rows = ROWS if width <= WIDE else ROWS // 2
     for rank in sorted(roles.rows, key=lambda r: -sizes.get(r, ROWS)):
         tile[rank] = min(rows, ceil_power(sizes.get(rank, ROWS)))
         rows = max(1, rows // tile[rank])
     for rank in roles.lanes:
         tile[rank] = min(LONGEST, ceil_power(sizes.get(rank, LONGEST), SHORTEST // 2))
-        deep = max(deep, tile[rank])
+        width *= tile[rank]
     if roles.stream is not None:
-        most = max(SHORTEST, min(LONGEST, BYTES // (deep * factors.bytes)))
+        most = max(SHORTEST, min(longest, BYTES // width))
         tile[roles.stream] = min(most, ceil_power(sizes.get(roles.stream, most), SHORTEST // 2))
     return tile
 

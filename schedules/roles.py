@@ -12,11 +12,13 @@ from math import prod
 
 from ..ir.cascade import Cascade, Einsum, Scan
 from ..ir.expr import Expr, Op, Read, reads
-from ..ir.infer import expression_ranks
+from ..ir.infer import declared_types, expression_ranks, expression_type
 from ..ir.plan import KernelPlan
+from ..ir.types import DType
 
 RESIDENT = 256
 POINTS = 4096  # elements of a task that streams nothing
+WHOLE = 256  # elements of a product's sum that are held at once
 LACK_STATIC, LACK_DYNAMIC = 0.10, 0.25
 
 
@@ -168,34 +170,28 @@ def product_factors(e: Expr) -> tuple[Expr, ...]:
             return (e,)
 
 
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """The operands of the contractions of a kernel.
+def factor_bytes(cascade: Cascade, kernel: KernelPlan, roles: Roles, sizes: Mapping[str, int]) -> int:
+    """Bytes of the largest operand of a contraction at one index of the stream; along the longest sum where nothing is streamed.
 
-    Args:
-        bytes: of an element of the widest input that is a factor; 4 where factors are computed.
-        depth: elements of the largest factor at one index of the stream; of the longest sum where nothing is streamed.
+    A sum that is so long that it is done in blocks counts as one block (`WHOLE` elements).
     """
-
-    bytes: int
-    depth: int
-
-
-def contracted_factors(cascade: Cascade, kernel: KernelPlan, roles: Roles, sizes: Mapping[str, int]) -> Factors:
-    """What the contractions of a kernel multiply."""
-    types = {t.name: t.dtype for t in cascade.inputs}
+    types = declared_types(cascade)
     summands = [(s.expr, s.ranks, s.over) for s in _sums(kernel)]
     summands += [(s.summand, s.ranks, s.over) for stage in kernel.stages for s in stage.states if s.op == "sum"]
-    widest, depth = 1, 1
+    largest = 1
     for e, ranks, over in summands:
         if not is_contraction(e, ranks, over):
             continue
         for factor in product_factors(e):
             found = expression_ranks(factor)
             if roles.stream is None or roles.stream in found:
-                depth = max(depth, prod(sizes.get(r, 1) for r in found if r in roles.resident))
-            if not isinstance(factor, Read):
-                widest = max(widest, 4 if any(r.tensor in types for r in reads(factor)) else 1)
-            elif factor.tensor in types:
-                widest = max(widest, int(types[factor.tensor].bytes) or 1)
-    return Factors(widest, depth)
+                elements = 1 << max(0, prod(sizes.get(r, 1) for r in found if r in roles.resident) - 1).bit_length()
+                largest = max(largest, int(min(elements, WHOLE) * _bytes_of(factor, types)))
+    return largest
+
+
+def _bytes_of(e: Expr, types: Mapping[str, DType]) -> float:
+    """Bytes of an element; 4 of what is computed over the states of a stage, whose names are no tensors."""
+    if any(r.tensor not in types for r in reads(e)):
+        return 4.0
+    return expression_type(e, types)[0].bytes

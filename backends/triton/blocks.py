@@ -19,9 +19,9 @@ from ...ir.check_tiles import uses
 from ...ir.expr import Const, Expr, Extent, Masked, Op, Read, Tile, substitute, walk
 from ...ir.infer import expression_ranks
 from ...ir.tile import Bounds, Dot, Loop, LoopState, Map, Node, Reduce, TileProgram, kernel_tiles
+from ...schedules.roles import WHOLE
 from .axes import nodes_of
 
-WHOLE = 256  # elements that are held at once
 BLOCK = 64
 
 

@@ -103,12 +103,13 @@ class Contractions(Reductions):
         right = self._flat(b, (sides.batch, sides.summed, sides.columns))
         natural = (*sides.batch, *sides.rows, *sides.columns)
         axes = ts.union(natural, self.order)
-        flat = len(sides.batch) <= 1 and len(sides.rows) == 1 and len(sides.columns) == 1
-        accumulates = total is not None and natural == axes and flat
+        groups = [group for group in (sides.batch, sides.rows, sides.columns) if group]
+        flat = all(len(group) == 1 for group in groups)
+        accumulates = total is not None and natural == axes
         args = [left, right]
         if accumulates and total is not None:
-            wide = self.expanded(total, axes, self.shape(axes))
-            args.append(wide.text)
+            wide = self.expanded(total, axes, self.shape(axes)).text
+            args.append(wide if flat else f"tl.reshape({wide}, [{', '.join(self._lanes(group) for group in groups)}])")
         if a.type == "float32":
             args.append(f'input_precision="{self.options.precision}"')
         result = Value(f"tl.dot({', '.join(args)})", "float32", f32, natural)
@@ -129,6 +130,14 @@ class Contractions(Reductions):
         """`v` with its axes in the order of the groups, each group one dimension; an empty first group is none."""
         wanted = [axis for group in groups for axis in group]
         text = v.text
+        present = sorted((group for group in groups if group), key=lambda group: v.axes.index(group[0]))
+        if [axis for group in present for axis in group] == list(v.axes):  # the groups stand together: join them, then turn
+            if any(len(group) > 1 for group in present):
+                text = f"tl.reshape({text}, [{', '.join(self._lanes(group) for group in present)}])"
+            order = [present.index(group) for group in groups if group]
+            if order == sorted(order):
+                return text
+            return f"tl.trans({text})" if order == [1, 0] else f"tl.permute({text}, [{', '.join(map(str, order))}])"
         if list(v.axes) != wanted:
             order = [v.axes.index(axis) for axis in wanted]
             text = f"tl.trans({text})" if order == [1, 0] else f"tl.permute({text}, [{', '.join(map(str, order))}])"
