@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=Hashable)
 ENUMERATED = 1024  # a larger space is sampled, if it can be, rather than listed
-Taken = Callable[[Any], bool]
+Known: TypeAlias = AbstractSet[Hashable]  # what `same` gives for the points that are not wanted
 
 
 @runtime_checkable
@@ -48,13 +49,13 @@ class Pool(Protocol[P]):
 
     complete: bool
 
-    def draw(self, rng: random.Random, count: int, taken: Taken) -> list[P]:
-        """At most `count` different points that are not taken, fewer only if there are no more to be found."""
+    def draw(self, rng: random.Random, count: int, known: Known) -> list[P]:
+        """At most `count` different points that are not known, fewer only if there are no more to be found."""
 
-    def near(self, rng: random.Random, point: P, taken: Taken) -> list[P]:
-        """The neighbours of `point` that are not taken, in any order; empty if there are none."""
+    def near(self, rng: random.Random, point: P, known: Known) -> list[P]:
+        """The neighbours of `point` that are not known, in any order; empty if there are none."""
 
-    def candidates(self, rng: random.Random, elites: Sequence[P], taken: Taken) -> list[P]:
+    def candidates(self, rng: random.Random, elites: Sequence[P], known: Known) -> list[P]:
         """The points among which a cost model chooses."""
 
     def rows(self, points: Sequence[P]) -> Matrix | None:
@@ -91,37 +92,41 @@ class Listed(Generic[P]):
         for i, column in enumerate(self._table.T):
             self._levels[:, i] = np.unique(column, return_inverse=True)[1]
 
-    def draw(self, rng: random.Random, count: int, taken: Taken) -> list[P]:
+    def draw(self, rng: random.Random, count: int, known: Known) -> list[P]:
         attempts = (self._points[rng.randrange(len(self._points))] for _ in range(8 * count if self._points else 0))
         found: dict[P, None] = {}
         for point in attempts:
             if len(found) == count:
                 break
-            if not taken(point):
+            if self.same(point) not in known:
                 found[point] = None
         if len(found) < count:  # few are left
-            left = [p for p in self._points if p not in found and not taken(p)]
+            left = [p for p in self._points if p not in found and self.same(p) not in known]
             found.update(dict.fromkeys(rng.sample(left, min(count - len(found), len(left)))))
         return list(found)
 
-    def near(self, rng: random.Random, point: P, taken: Taken) -> list[P]:
+    def near(self, rng: random.Random, point: P, known: Known) -> list[P]:
         if self._around is not None:
-            return [p for p in dict.fromkeys(self._around(point)) if p in self._index and not taken(p)]
+            return [p for p in dict.fromkeys(self._around(point)) if p in self._index and self.same(p) not in known]
         index = self._index.get(point)
         if index is None:  # a seed from outside the space has no neighbours in it
             return []
         differing = (self._levels != self._levels[index]).sum(axis=1)
-        return [self._points[i] for i in (differing == 1).nonzero()[0] if not taken(self._points[i])]
+        near = [self._points[i] for i in (differing == 1).nonzero()[0]]
+        return [p for p in near if self.same(p) not in known]
 
-    def candidates(self, rng: random.Random, elites: Sequence[P], taken: Taken) -> list[P]:
-        return [p for p in self._points if not taken(p)]
+    def candidates(self, rng: random.Random, elites: Sequence[P], known: Known) -> list[P]:
+        if self._identity is None:
+            return [p for p in self._points if p not in known]
+        return [p for p in self._points if self._identity(p) not in known]
 
     def rows(self, points: Sequence[P]) -> Matrix | None:
         import numpy as np
 
-        unknown = np.full(self._table.shape[1], np.nan)  # of a seed from outside the space
-        found = [self._table[self._index[p]] if p in self._index else unknown for p in points]
-        return np.array(found, dtype=np.float64).reshape(len(points), -1)
+        found = np.fromiter((self._index.get(p, -1) for p in points), dtype=np.int64, count=len(points))
+        rows = self._table[found]
+        rows[found < 0] = np.nan  # a seed from outside the space
+        return rows
 
     def same(self, point: P) -> Hashable:
         return point if self._identity is None else self._identity(point)
@@ -140,24 +145,24 @@ class Drawn(Generic[P]):
         self._identity: Callable[[P], Hashable] | None = getattr(space, "identity", None)
         self._row_of: dict[P, list[float]] = {}
 
-    def draw(self, rng: random.Random, count: int, taken: Taken) -> list[P]:
+    def draw(self, rng: random.Random, count: int, known: Known) -> list[P]:
         found: dict[P, None] = {}
         for _ in range(self.ATTEMPTS * count):
             if len(found) == count:
                 break
             point = self._space.sample(rng)
-            if not taken(point):
+            if self.same(point) not in known:
                 found[point] = None
         return list(found)
 
-    def near(self, rng: random.Random, point: P, taken: Taken) -> list[P]:
-        return [p for p in dict.fromkeys(self._space.neighbours(point)) if not taken(p)]
+    def near(self, rng: random.Random, point: P, known: Known) -> list[P]:
+        return [p for p in dict.fromkeys(self._space.neighbours(point)) if self.same(p) not in known]
 
-    def candidates(self, rng: random.Random, elites: Sequence[P], taken: Taken) -> list[P]:
-        found = dict.fromkeys(p for _ in range(self.SAMPLES) if not taken(p := self._space.sample(rng)))
+    def candidates(self, rng: random.Random, elites: Sequence[P], known: Known) -> list[P]:
+        found = dict.fromkeys(self._space.sample(rng) for _ in range(self.SAMPLES))
         for elite in elites:
-            found.update(dict.fromkeys(self.near(rng, elite, taken)))
-        return list(found)
+            found.update(dict.fromkeys(self._space.neighbours(elite)))
+        return [p for p in found if self.same(p) not in known]
 
     def rows(self, points: Sequence[P]) -> Matrix | None:
         import numpy as np

@@ -98,12 +98,13 @@ def _boost(
     import numpy as np
     import xgboost
 
-    data = xgboost.DMatrix(rows, label=labels, weight=weights, nthread=1)
+    least, most = np.finfo(np.float32).min, np.finfo(np.float32).max  # features are kept in f32, without infinities
+    data = xgboost.DMatrix(np.clip(rows, least, most), label=labels, weight=weights, nthread=1)
     if groups is not None:
         data.set_group(groups)
     settings = {**PARAMETERS, **(parameters or {}), "objective": objective, "seed": seed % (1 << 31)}
     booster = xgboost.train(settings, data, num_boost_round=TREES)
-    found: Matrix = booster.predict(xgboost.DMatrix(candidates, nthread=1), output_margin=True).astype(np.float64)
+    found: Matrix = booster.predict(xgboost.DMatrix(np.clip(candidates, least, most), nthread=1), output_margin=True).astype(np.float64)
     return found
 
 
@@ -150,7 +151,8 @@ def _tau(expected: Matrix, times: Matrix) -> float:
     import numpy as np
 
     known = ~np.isnan(expected)
-    x, y = expected[known], np.where(np.isfinite(times), times, np.finfo(np.float64).max)[known]
+    most = np.finfo(np.float64).max
+    x, y = np.minimum(expected[known], most), np.minimum(times[known], most)
     pairs = len(x) * (len(x) - 1)
     if not pairs:
         return 0.0

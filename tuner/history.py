@@ -93,7 +93,7 @@ class History(Generic[P]):
         return trial
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data. Points that offer `to_dict` are written as that; numbers, text and tuples of them as they are; others as text."""
+        """Plain JSON data. Points that offer `to_dict` become that; numbers, text and tuples of them stay as they are; others become text."""
         return {
             "trials": [
                 {

@@ -11,6 +11,7 @@ are one thing to measure.
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 import time
@@ -102,18 +103,21 @@ def minimize(
 class Evolution(Generic[P]):
     """Seeds; what a prior expects to be fastest, or random points; then what a cost model likes best, in turns near and anywhere.
 
-        near       the neighbours of the fastest point; if all are measured, of the next
+        near       the neighbours of the fastest point, until all are measured
         anywhere   all points of a listed space; of a drawn one random points and generations of neighbours of what the model likes best
 
     What is proposed depends on the seed and the history alone, so a search can be continued from its history. A prior leads the first
     trials. Then some are taken at random against it, and from there on each of its sources is a feature of the model as long as it agrees
-    with what was measured.
+    with what was measured, beside a model that does not know of it. When it leads to nothing better for a while, the search begins anew
+    without it, away from where it led. The last trials go to the neighbours of the fastest point of all.
     """
 
     WARM_UP = 20  # trials before the model is asked
     LED = 8  # trials that a prior chooses
     CONTROLLED = 8  # trials after these that it and chance choose in turns
+    PATIENCE = 16  # trials without anything better until a prior is left out
     ELITES = 6
+    DESCENT = 10  # the last tenth of the trials are neighbours of the fastest
     PARENTS = 16  # of a generation, and how many of them
     GENERATIONS = 2
 
@@ -127,7 +131,7 @@ class Evolution(Generic[P]):
         seeds: Sequence[P] | None = None,
         model: CostModel | None = None,
     ) -> None:
-        self._seed = seed
+        self._seed, self._budget = seed, budget
         self._pool: Pool[P] = pool_of(space)
         self._seeds: list[P] = list(dict.fromkeys(getattr(space, "seeds", ()) if seeds is None else seeds))
         self._sources: tuple[PriorFunction, ...] = () if prior is None else (prior,) if callable(prior) else tuple(prior)
@@ -142,11 +146,14 @@ class Evolution(Generic[P]):
         batch.extend(self._seeds)
         if not batch.full and self._sources and len(history) < self._led + self.CONTROLLED:
             self._follow_prior(rng, batch, history)
-        trusted = self._trusted(history)
-        begun = len(history) >= (self._led + self.CONTROLLED if trusted else self._warm_up)
-        if not batch.full and begun and history.best is not None:
-            self._follow_model(rng, batch, history, trusted)
-        batch.extend(self._pool.draw(rng, count, batch.taken))
+        descending = len(history) >= self._budget - self._budget // self.DESCENT
+        start, led = self._start(history), self._sources and len(history) < self._led + self.CONTROLLED
+        opening = start + self._warm_up if start or not self._sources else self._led + self.CONTROLLED
+        if descending and history.best is not None:
+            self._follow_model(rng, batch, history, 0, [], near=1)
+        elif not led and len(history) >= opening and any(t.time_ms < math.inf for t in history.trials[start:]):
+            self._follow_model(rng, batch, history, start, [] if start else self._trusted(history, len(history)), near=2)
+        batch.extend(self._pool.draw(rng, count, batch.known))
         return batch.points
 
     def _follow_prior(self, rng: random.Random, batch: _Batch[P], history: History[P]) -> None:
@@ -160,15 +167,33 @@ class Evolution(Generic[P]):
             if batch.full:
                 break
             if batch.number >= self._led and batch.number % 2:
-                batch.extend(self._pool.draw(rng, 1, batch.taken))
+                batch.extend(self._pool.draw(rng, 1, batch.known))
             batch.add(point)
 
-    def _trusted(self, history: History[P]) -> list[int]:
-        """The sources of the prior that agree with what was measured, once enough of it was chosen by chance."""
-        if not self._sources or len(history) < self._led + self.CONTROLLED:
+    def _start(self, history: History[P]) -> int:
+        """The trial with which the search began anew without its prior; 0 if it has not come to that.
+
+        It does if no source agrees with the first trials, or once some trials brought nothing better.
+        """
+        first = self._led + self.CONTROLLED
+        if not self._sources or len(history) < first:
+            return 0
+        if not self._trusted(history, first):
+            return first
+        best, since = math.inf, first
+        for trial in history:
+            if trial.time_ms < best:
+                best, since = trial.time_ms, max(since, trial.index)
+            elif trial.index - since >= self.PATIENCE:
+                return trial.index + 1
+        return 0
+
+    def _trusted(self, history: History[P], count: int) -> list[int]:
+        """The sources of the prior that agree with the first `count` results."""
+        if not self._sources:
             return []
-        points = [t.point for t in history]
-        return self._prior(points).trusted(list(range(len(points))), _times(history))
+        points = [t.point for t in history.trials[:count]]
+        return self._prior(points).trusted(list(range(count)), _times(history)[:count])
 
     def _prior(self, points: Sequence[P]) -> Prior:
         import numpy as np
@@ -179,23 +204,26 @@ class Evolution(Generic[P]):
             self._expected.update(zip(new, zip(*columns, strict=True), strict=True))
         return Prior(np.array([self._expected[p] for p in points], dtype=np.float64).reshape(len(points), len(self._sources)))
 
-    def _follow_model(self, rng: random.Random, batch: _Batch[P], history: History[P], trusted: list[int]) -> None:
-        """The best by the model: in turns of the neighbours of the fastest, and of all candidates."""
-        pool = self._candidates(rng, history, batch)
-        scored = self._scored(rng, pool, history, trusted)
-        if scored is None:
-            self._follow_neighbours(rng, batch, history)
-            return
-        anywhere = iter(sorted(scored, key=lambda p: -scored[p]))
-        elites = [t.point for t in history.fastest(len(history))]
+    def _follow_model(self, rng: random.Random, batch: _Batch[P], history: History[P], start: int, trusted: list[int], near: int) -> None:
+        """The best by the model: each `near`th of the neighbours of the fastest, the others of all candidates.
+
+        With a prior, every other two by the model that does not know of it.
+        """
+        models = [self._scored(rng, batch, history, start, sources) for sources in ([trusted, []] if trusted else [[]])]
+        leading = [heapq.nlargest(batch.room, s, key=s.__getitem__) for s in models if s is not None]  # more are not chosen
+        fastest = min(history.trials[start:], key=lambda t: t.time_ms).point
         while not batch.full:
+            turn = batch.number // 2 % len(models)
+            scored = models[turn]
+            if scored is None:
+                self._follow_neighbours(rng, batch, history)
+                return
             point = None
-            if batch.number % 2 == 0:
-                near = (self._pool.near(rng, elite, batch.taken) for elite in elites)
-                around = next((found for found in near if found), [])
-                point = max((p for p in around if p in scored), key=lambda p: scored[p], default=None)
+            if batch.number % near == 0:
+                around = self._pool.near(rng, fastest, batch.known)
+                point = max((p for p in around if p in scored), key=scored.__getitem__, default=None)
             if point is None:
-                point = next((p for p in anywhere if not batch.taken(p)), None)
+                point = next((p for p in leading[turn] if not batch.holds(p)), None)
             if point is None:
                 return
             batch.add(point)
@@ -207,29 +235,36 @@ class Evolution(Generic[P]):
         for _ in range(4 * batch.room):
             if batch.full:
                 return
-            near = self._pool.near(rng, rng.choices(elites, weights)[0], batch.taken)
-            batch.extend([rng.choice(near)] if near and rng.random() < 0.8 else self._pool.draw(rng, 1, batch.taken))
+            near = self._pool.near(rng, rng.choices(elites, weights)[0], batch.known)
+            batch.extend([rng.choice(near)] if near and rng.random() < 0.8 else self._pool.draw(rng, 1, batch.known))
 
     def _candidates(self, rng: random.Random, history: History[P], batch: _Batch[P]) -> list[P]:
-        return self._pool.candidates(rng, [t.point for t in history.fastest(self.ELITES)], batch.taken)
+        return self._pool.candidates(rng, [t.point for t in history.fastest(self.ELITES)], batch.known)
 
-    def _scored(self, rng: random.Random, pool: list[P], history: History[P], trusted: list[int]) -> dict[P, float] | None:
+    def _scored(self, rng: random.Random, batch: _Batch[P], history: History[P], start: int, trusted: list[int]) -> dict[P, float] | None:
         """The model's score of every candidate, and of further ones near to the best of them; None if there are no features."""
         rows = self._rows([t.point for t in history], trusted)
         if rows is None:
             return None
+        import numpy as np
+
         seed, times = rng.getrandbits(31), _times(history)
+        times[:start] = math.inf  # what came before the search began anew is known not to be wanted
+        chance = np.random.default_rng(seed)
         scored: dict[P, float] = {}
+        pool = self._candidates(rng, history, batch)
         for _ in range(1 if self._pool.complete else 1 + self.GENERATIONS):
             if not pool:
                 break
             found = self._rows(pool, trusted)
             if found is None:
                 return None
-            ties = [rng.random() * 1e-6 for _ in pool]
-            scored.update(zip(pool, self._model.scores(rows, times, found, seed=seed) + ties, strict=True))
-            parents = sorted(scored, key=lambda p: -scored[p])[: self.PARENTS]
-            pool = list(dict.fromkeys(p for q in parents for p in self._pool.near(rng, q, lambda p: p in scored or p in history)))
+            scores = self._model.scores(rows, times, found, seed=seed) + 1e-6 * chance.random(len(pool))  # equals in no order
+            scored.update(zip(pool, scores.tolist(), strict=True))
+            if not self._pool.complete:
+                parents = heapq.nlargest(self.PARENTS, scored, key=scored.__getitem__)
+                near = dict.fromkeys(p for parent in parents for p in self._pool.near(rng, parent, batch.known))
+                pool = [p for p in near if p not in scored]
         return scored
 
     def _rows(self, points: Sequence[P], trusted: list[int]) -> Matrix | None:
@@ -247,9 +282,8 @@ class _Batch(Generic[P]):
 
     def __init__(self, count: int, history: History[P], pool: Pool[P]) -> None:
         self._count, self._begin, self._pool = count, len(history), pool
-        self._same: set[Hashable] = {pool.same(t.point) for t in history}
+        self.known: set[Hashable] = {pool.same(t.point) for t in history}
         self._chosen: dict[P, None] = {}
-        self._history = history
 
     @property
     def points(self) -> list[P]:
@@ -268,13 +302,14 @@ class _Batch(Generic[P]):
         """The number of the next trial."""
         return self._begin + len(self._chosen)
 
-    def taken(self, point: P) -> bool:
-        return point in self._history or self._pool.same(point) in self._same
+    def holds(self, point: P) -> bool:
+        """Whether `point` or one like it was measured or is chosen."""
+        return self._pool.same(point) in self.known
 
     def add(self, point: P) -> None:
-        if not self.full and not self.taken(point):
+        if not self.full and not self.holds(point):
             self._chosen[point] = None
-            self._same.add(self._pool.same(point))
+            self.known.add(self._pool.same(point))
 
     def extend(self, points: Sequence[P]) -> None:
         for point in points:
