@@ -14,6 +14,7 @@ from ..ir.cascade import Cascade
 from ..ir.reference import evaluate
 from .inputs import make_inputs
 from .measure import Protocol, Subject, argument_sets, interleave
+from .placement import clock_of, place_of
 
 Run = Callable[[Sequence[torch.Tensor]], object]
 
@@ -86,7 +87,8 @@ def compare(
         compiled: whether the reference under torch.compile competes as well.
         cache_bytes: the last-level cache, to be kept cold; 0 leaves it warm.
     """
-    tensors = make_inputs(cascade, sizes, "normal", seed)
+    place = place_of(executables[0][1].target)
+    tensors = {name: t.to(place) for name, t in make_inputs(cascade, sizes, "normal", seed).items()}
     names = [t.name for t in cascade.inputs]
     inputs = [tensors[name] for name in names]
 
@@ -99,7 +101,7 @@ def compare(
         runs.append(("torch.compile", torch.compile(eager)))
     runs += [(name, _spread(function, {})) for name, function in peers]
     sets = argument_sets(inputs, [], "cold" if cache_bytes else "warm", cache_bytes)
-    subjects = [Subject(_without_outputs(run), sets) for _, run in runs]
+    subjects = [Subject(_without_outputs(run), sets, clock_of(place)) for _, run in runs]
     samples = interleave(subjects, protocol or Protocol())
     entries = tuple(Entry(name, tuple(found)) for (name, _), found in zip(runs, samples, strict=True))
     return Comparison(cascade.name, tuple(sizes.items()), entries, roofline_ms)

@@ -124,8 +124,12 @@ def argument_sets(
     outputs: Sequence[tuple[tuple[int, ...], torch.dtype]],
     cache: Literal["cold", "warm"],
     cache_bytes: int,
+    place: torch.device | None = None,
 ) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """The arguments to call with in turn: copies that together are twice the last-level cache if it is to be cold, else one set."""
+    """The arguments to call with in turn: copies that together are twice the last-level cache if it is to be cold, else one set.
+
+    `inputs` lie on `place`, where the outputs are made; the CPU if it is None.
+    """
     each = sum(t.numel() * t.element_size() for t in inputs)
     each += sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in outputs)
     copies = 1
@@ -134,5 +138,5 @@ def argument_sets(
     sets: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
     for i in range(copies):
         given = [t if i == 0 else t.clone() for t in inputs]
-        sets.append((given, [torch.empty(shape, dtype=dtype) for shape, dtype in outputs]))
+        sets.append((given, [torch.empty(shape, dtype=dtype, device=place) for shape, dtype in outputs]))
     return sets

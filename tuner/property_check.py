@@ -6,9 +6,8 @@ the CPU over small extents, which tells their numbers and nothing else, and the 
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from ..compiler.interpreted import INTERPRETED, interpreted
 from ..ir.cascade import Cascade
 from ..ir.errors import BindingError, EinfallError
 from ..schedules.target import Target, load_target
+from .placement import moved, place_of
 from .verify import Oracle, Rejected, verify
 
 Ran = Literal["device", "interpreter"]
@@ -85,21 +85,8 @@ class _Runner:
         if self.executable.target.kind == "cpu":
             self.executable(*inputs, out=tuple(outputs), **self.scalars)
             return
-        with _moved((*inputs, *outputs), torch.device("cuda")) as tensors:
+        with moved((*inputs, *outputs), place_of(self.executable.target)) as tensors:
             self.executable(*tensors[: len(inputs)], out=tuple(tensors[len(inputs) :]), **self.scalars)
-
-
-@contextlib.contextmanager
-def _moved(tensors: Sequence[torch.Tensor], device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """The tensors on a device with the memory around them, which is copied back in the end: what was written beside them shows."""
-    around = [t.untyped_storage() for t in tensors]
-    copies = [torch.empty(0, dtype=torch.uint8).set_(s).to(device, copy=True) for s in around]
-    yield [
-        torch.empty(0, dtype=t.dtype, device=device).set_(c.untyped_storage(), t.storage_offset(), t.shape, t.stride())
-        for t, c in zip(tensors, copies, strict=True)
-    ]
-    for storage, copy in zip(around, copies, strict=True):
-        torch.empty(0, dtype=torch.uint8).set_(storage).copy_(copy)
 
 
 def ran_where(target: Target) -> Ran:

@@ -34,6 +34,7 @@ from ..schedules.schedule import Schedule
 from ..schedules.target import Target
 from .inputs import make_inputs
 from .measure import Protocol, Subject, argument_sets, interleave, measure
+from .placement import clock_of, moved, place_of
 from .verify import Candidate, Oracle, Rejected, verify
 
 
@@ -104,6 +105,15 @@ class _Compiled(Built):
         return dict(self._executable.static)
 
     def run(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        """Run where the kernels do; tensors that lie on the CPU are moved there and back, with the memory around them."""
+        place = place_of(self._executable.target)
+        if outputs[0].device.type == place.type:
+            self._launch(inputs, outputs)
+            return
+        with moved((*inputs, *outputs), place) as tensors:
+            self._launch(tensors[: len(inputs)], tensors[len(inputs) :])
+
+    def _launch(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         bound = self._executable.bind(inputs)
         self._executable.launch(bound, inputs, self._scalars, tuple(outputs))
 
@@ -204,10 +214,13 @@ class _Session:
         built = self._prepared.get(job) or self._build(job)
         cascade = parse_job_cascade(job)
         sizes, types = dict(job.sizes), declared_types(cascade)
-        tensors = make_inputs(cascade, sizes, "normal", job.seed)
+        target = Target.from_json(job.target)
+        place = place_of(target)
+        tensors = {name: t.to(place) for name, t in make_inputs(cascade, sizes, "normal", job.seed).items()}
         outputs = [(shape_of(o.axes, sizes), to_torch(types[o.name])) for o in cascade.outputs]
-        cache_bytes = max((c.bytes for c in Target.from_json(job.target).caches), default=32 << 20)
-        return Subject(built.run, argument_sets([tensors[t.name] for t in cascade.inputs], outputs, job.policy, cache_bytes))
+        cache_bytes = max((c.bytes for c in target.caches), default=32 << 20)
+        sets = argument_sets([tensors[t.name] for t in cascade.inputs], outputs, job.policy, cache_bytes, place)
+        return Subject(built.run, sets, clock_of(place))
 
     def _oracle_of(self, job: Job) -> Oracle:
         key = (job.cascade, job.sizes, job.scalars, job.seed)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from einfall.schedules.target import load_target
 from einfall.tuner import property_check
+from einfall.tuner.placement import moved
 from einfall.tuner.property_check import draw_sizes, ran_where
 
 
@@ -84,7 +85,7 @@ def test_a_device_that_runs_the_target_s_code_is_taken(name, capability, expecte
 def test_tensors_are_moved_with_what_lies_around_them():
     memory = torch.arange(100, dtype=torch.float32)
     view = memory[20:80].view(6, 10)[:, 2:9]
-    with property_check._moved((view,), torch.device("cpu")) as (copy,):
+    with moved((view,), torch.device("cpu")) as (copy,):
         assert torch.equal(copy, view) and copy.stride() == view.stride()
         assert copy.data_ptr() != view.data_ptr()
         copy.fill_(-1)
