@@ -17,7 +17,7 @@ from .roles import Roles
 from .schedule import KernelOptions, Schedule
 from .target import Target
 
-ROWS = 128  # of a matrix product
+ROWS, FEW = 128, 16  # rows of a matrix product, and how many are so few that registers are no matter
 BYTES = 16384  # of the largest tile of a stream's operands
 LONGEST, SHORTEST = 128, 32  # of the stream in a tile, where products are summed
 FLAT = 4096  # elements of a tile without products
@@ -33,7 +33,8 @@ def gpu_tiles(roles: Roles, sizes: Mapping[str, int], width: int, target: Target
 
     `width` is the bytes of the largest operand of a product at one index of the stream.
     """
-    longest = LONGEST if DIRECT & set(target.features) else LONGEST // 2  # other matrix units take both operands from registers
+    direct = bool(DIRECT & set(target.features))  # other matrix units take both operands from registers
+    longest = LONGEST if direct else LONGEST // 2
     tile: dict[str, int] = dict.fromkeys(roles.units, 1)
     resident = math.prod(sizes.get(r, 1) for r in roles.resident)
     if not roles.contracts:
@@ -47,7 +48,8 @@ def gpu_tiles(roles: Roles, sizes: Mapping[str, int], width: int, target: Target
         tile[rank] = min(LONGEST, ceil_power(sizes.get(rank, LONGEST), SHORTEST // 2))
         width *= tile[rank]
     if roles.stream is not None:
-        most = max(SHORTEST, min(longest, BYTES // width))
+        few = math.prod(tile.get(rank, 1) for rank in roles.rows) <= FEW
+        most = max(SHORTEST, min(longest, (BYTES if direct or few else BYTES // 2) // width))
         tile[roles.stream] = min(most, ceil_power(sizes.get(roles.stream, most), SHORTEST // 2))
     return tile
 
