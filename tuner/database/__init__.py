@@ -42,6 +42,7 @@ class Database:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self.connection = connection
+        self._described: set[str] = set()
 
     @staticmethod
     def open(path: str | Path, *, create: bool = False, read_only: bool = False) -> Database:
@@ -71,12 +72,17 @@ class Database:
         Raises `DatabaseError`, and adds nothing, for one that no reader would take.
         """
         found = [storing.rows_of(m) for m in measurements]
+        described = [(name, row) for rows in found for name, row in rows[:-1] if row[0] not in self._described]
         with self.writing() as connection:
-            for name, row in dict.fromkeys(each for rows in found for each in rows):
+            for name, row in dict.fromkeys(described):
                 connection.execute(storing.INSERTIONS[name], row)
+            for rows in found:
+                connection.execute(storing.INSERTIONS["measurement"], rows[-1][1])
             contested = (self._contested(m, rows[-1][1]) for m, rows in zip(measurements, found, strict=True))
             for key in dict.fromkeys(key for key in contested if key is not None):
                 choice.settle(connection, key)
+        # they stay, for a measurement of this connection refers to them; evidence is rarely said twice
+        self._described.update(row[0] for name, row in described if name != "evidence")
         return tuple(rows[-1][1][0] for rows in found)
 
     def best(self, workload: str, device: str, toolchain: str) -> Record | None:
