@@ -233,12 +233,9 @@ def tune(
 
 def plan_space(cascade: Cascade, sizes: Mapping[str, int], target: Target) -> tuple[Any, Schedule]:
     """The schedules that the plan of `cascade` allows on `target`, and the default among them."""
-    from ..compiler.passes import make_plan  # loads the algebra system
-    from ..schedules.default import default_schedule
-    from ..schedules.space import schedule_space
+    from ..compiler.search_space import search_space  # loads the algebra system
 
-    plan = make_plan(cascade, sizes)
-    return schedule_space(plan, sizes, target), default_schedule(plan, sizes, target)
+    return search_space(cascade, sizes, target)
 
 
 class _Run:
@@ -424,5 +421,3 @@ class _Run:
                 is_default=name == self.default.hash,
                 is_winner=name == winner.hash,
             )
-
-
