@@ -111,11 +111,11 @@ class Space:
                     yield self.point([*current[:i], choice, *current[i + 1 :]])
 
     def features(self, point: Schedule) -> list[float]:
-        """The point as numbers: the logarithm of a size, else the position of the choice in its axis."""
+        """The point as numbers: the logarithm of a size, nan for one that a foreign point leaves open, else the position in the axis."""
         row: list[float] = []
         for axis, choice in zip(self.axes, self.choices_of(point), strict=True):
             if axis.kind == "tile":
-                row.append(math.log2(choice))
+                row.append(math.nan if choice is None else math.log2(choice))
             else:
                 row.append(float(axis.choices.index(choice)) if choice in axis.choices else -1.0)
         return row

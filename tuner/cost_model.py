@@ -41,7 +41,7 @@ class CostModel(Protocol):
 class Classifier:
     """Separates the fastest `share` from all points. The log-odds grow with the expected improvement over the slowest of them."""
 
-    def __init__(self, share: float = 0.2) -> None:
+    def __init__(self, share: float = 0.3) -> None:
         self._share = share
 
     def scores(self, rows: Matrix, times: Matrix, candidates: Matrix, *, seed: int) -> Matrix:

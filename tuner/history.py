@@ -93,7 +93,7 @@ class History(Generic[P]):
         return trial
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data. Points that offer `to_dict` become that; numbers, text and tuples of them stay as they are; others become text."""
+        """Plain JSON data. Points that offer `to_dict` become that, numbers, text and tuples of them stay, others become text."""
         return {
             "trials": [
                 {

@@ -24,9 +24,11 @@ from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .database import Database, Device, Evidence, Measurement, Policy, Sampled, Toolchain, Workload, ulid
 from .device import describe_device, describe_toolchain, host_name, source_commit
+from .features import described
 from .lookup import with_dtypes
 from .measure import METHOD, Protocol
 from .pool import COMMAND, Outcome, WorkerPool
+from .prior import database_priors
 from .search import Evolution, Failure, History, Stop, minimize
 from .worker import Job
 
@@ -235,7 +237,8 @@ def plan_space(cascade: Cascade, sizes: Mapping[str, int], target: Target) -> tu
     """The schedules that the plan of `cascade` allows on `target`, and the default among them."""
     from ..compiler.search_space import search_space  # loads the algebra system
 
-    return search_space(cascade, sizes, target)
+    space, default = search_space(cascade, sizes, target)
+    return described(space, cascade, sizes, target), default
 
 
 class _Run:
@@ -272,7 +275,8 @@ class _Run:
     def search(self, space: Any, pool: WorkerPool, trials: int) -> None:
         """Measures up to `trials` candidates. Ctrl-C ends it and keeps what there is."""
         self.emit(Started(self.workload, self.target, self.device.model, trials, len(self._known)))
-        strategy = Evolution(space, budget=trials, seed=self.job.seed, seeds=[self.default, *self._seeds()])
+        priors = database_priors(self.database, self.workload.family, self._ids, self.policy.id, space.features)
+        strategy = Evolution(space, budget=trials, seed=self.job.seed, prior=priors, seeds=[self.default, *self._seeds()])
 
         def measure(points: list[Schedule]) -> list[float | Failure]:
             return self._measure(points, pool)
