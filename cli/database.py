@@ -10,7 +10,8 @@ import click
 from ..configuration import current
 from ..ir.errors import DatabaseError
 from . import suggest
-from .options import database_option, json_option, print_json, table
+from .options import database_option, json_option, print_json
+from .options import table as print_table
 
 if TYPE_CHECKING:
     from ..tuner.database import Database, Record
@@ -87,7 +88,9 @@ def best_command(name: str, database: str | None, as_json: bool) -> None:
         records = [r for r in opened.ls() if name == r.name or (len(name) >= 4 and r.workload.startswith(name))]
         names = sorted({r.name for r in opened.ls()})
     if not records:
-        raise DatabaseError(f"nothing was tuned for {name!r}", hint=f"tuned kernels: {', '.join(names) or 'none'}")
+        from ..tuner.database.why import plain_name
+
+        raise DatabaseError(f"nothing was tuned for {name!r}", hint=f"tuned kernels: {', '.join(map(plain_name, names)) or 'none'}")
     if as_json:
         print_json([record.to_dict() for record in records])
         return
@@ -140,7 +143,7 @@ def _print_why(found: Why, limit: int | None) -> None:
             _clean(f"  {s['role']} of {s['samples']} samples by {s['host'] or 'unknown'} at {s['time'] or 'unknown'}, {s['origin']}")
         )
     rows = [
-        [_clean(e.schedule_id[:16]), _time(e.median, e.relative), _interval(e.low, e.high), str(e.samples or "-"), _clean(e.verdict)]
+        [e.schedule_id[:16], _time(e.median, e.relative), _interval(e.low, e.high), str(e.samples or "-"), e.verdict]
         for e in found.entrants[:limit]
     ]
     table("", ["schedule", "median", "95 % interval", "samples", "verdict"], rows)
@@ -164,7 +167,7 @@ def stats_command(database: str | None, as_json: bool) -> None:
     click.echo("  " + ", ".join(f"{number} {name}" for name, number in found["rows"].items()))
     click.echo("  " + _clean(", ".join(f"{number} {name}" for name, number in {**found["statuses"], **found["bases"]}.items())))
     columns = ["device", "host", "version", "abi", "backend", "measurements", "runs", "workloads", "ok"]
-    table("", columns, [[_clean(str(row[name])) for name in columns] for row in found["measured"]])
+    table("", columns, [[str(row[name]) for name in columns] for row in found["measured"]])
     for row in found["transfers"]:
         click.echo(_clean(f"  {row['kind']} {row['place']}: measurements {row['first']} to {row['last']}"))
 
@@ -185,10 +188,9 @@ def diff_command(other: str, database: str | None, as_json: bool) -> None:
     counted = found["measurements"]
     click.echo(f"measurements: {counted['both']} in both, {counted['first']} only in {found['first']}, {counted['second']} only in {other}")
     rows = [
-        [_clean(w["name"]), ", ".join(f"{r}={n}" for r, n in w["extents"].items()), _clean(w["device_model"]),
-         _winner(w["first"]), _winner(w["second"])]
+        [w["name"], ", ".join(f"{r}={n}" for r, n in w["extents"].items()), w["device_model"], _winner(w["first"]), _winner(w["second"])]
         for w in found["winners"]
-    ]  # fmt: skip
+    ]
     table("", ["kernel", "extents", "device", "winner here", "winner there"], rows)
 
 
@@ -283,7 +285,7 @@ def verify_command(database: str | None, as_json: bool) -> int:
     if as_json:
         print_json({"sound": not found, "faults": found})
     elif found:
-        table("", ["table", "id", "fault"], [[_clean(row[name]) for name in ("table", "id", "fault")] for row in found])
+        table("", ["table", "id", "fault"], [[row[name] for name in ("table", "id", "fault")] for row in found])
     else:
         click.echo("sound")
     return FAULTY if found else 0
@@ -332,6 +334,13 @@ def serve_command(files: tuple[str, ...], host: str, port: int, database: str | 
             click.echo(f"{url}  (Ctrl-C ends it)")
 
     return serve(places, host=host, port=port, on_start=started)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table of texts from a file: nothing in them is taken for markup or steers the terminal."""
+    from rich.markup import escape
+
+    print_table(title, columns, [[escape(_clean(cell)) for cell in row] for row in rows])
 
 
 def _extents(record: Record) -> str:

@@ -10,7 +10,7 @@ import einfall as ef
 import pytest
 from einfall.cli import run
 from einfall.ir.errors import DatabaseError
-from einfall.tuner.database import Database, Policy, Toolchain, merge, ulid
+from einfall.tuner.database import Database, Device, Policy, Toolchain, merge, ulid
 from einfall.tuner.database.merge import content
 from einfall.tuner.database.upkeep import diff, gc, stats, verify
 from einfall.tuner.database.why import why
@@ -208,6 +208,21 @@ def test_every_command_answers_in_text_and_in_json(call, tmp_path):
         status, out, err = call(*words, "--json")
         assert (status, err) == (0, ""), words
         json.loads(out)
+
+
+def test_hostile_names_are_text_in_a_terminal(call, tmp_path):
+    """Neither markup of tables nor escape sequences come through, and none of them ends a command with a traceback."""
+    hostile = "[/b]\x1b[2J\x07[red]\u202e"
+    known = {"workload": replace(workload(), name=hostile), "device": Device("cpu", hostile, hostile, 2), "host": hostile}
+    with Database.open(tmp_path / "bad.db", create=True) as db:
+        db.record_all([measurement(8, 1.0, 1.0, 1.0, **known), failed(9, "crash", hostile)])
+    for words in (["ls"], ["best", hostile], ["why", hostile], ["show", workload().id[:12]], ["stats"], ["diff", "other.db"], ["verify"]):
+        status, out, err = call(*words, "--db", "bad.db")
+        assert (status, err) == (0, ""), words
+        assert not set("\x1b\x07\u202e") & set(out), words
+    for command in ("why", "best"):
+        status, out, err = call(command, "none", "--db", "bad.db")
+        assert status == 2 and not set("\x1b\x07\u202e") & set(err)
 
 
 def test_the_text_of_why_names_the_winner_its_evidence_and_its_source(call):

@@ -78,9 +78,15 @@ def why(database: Database, name: str) -> list[Why]:
         )
         found = [_explain(connection, key) for key in connection.execute(sql, (name,) * 4).fetchall()]
     if not found:
-        known = sorted({str(row[0]) for row in database.read("SELECT DISTINCT name FROM measurement LIMIT 50")})
+        known = sorted({plain_name(row[0]) for row in database.read("SELECT DISTINCT name FROM measurement LIMIT 50")})
         raise DatabaseError(f"nothing was measured for {name!r}", hint=f"measured were {', '.join(known) or 'none'}")
     return found
+
+
+def plain_name(name: object) -> str:
+    """A name out of a file for a message: quoted and escaped unless it is a plain word."""
+    text = str(name)
+    return text if text.isidentifier() and text.isascii() else repr(text[:80])
 
 
 def _explain(connection: sqlite3.Connection, key: choice.Key) -> Why:
