@@ -229,11 +229,17 @@ def _mismatches(found: torch.Tensor, exact: torch.Tensor) -> float:
 def _check(candidate: Candidate, case: Case) -> list[tuple[Expected, float]]:
     """The errors of a candidate on a case. Raises `Rejected`."""
     before = [t.clone() for t in case.inputs]
-    first, second = (_run_framed(candidate, case) for _ in range(2))
+    overwritten = False
+    try:
+        first, second = (_run_framed(candidate, case) for _ in range(2))
+    finally:
+        for tensor, copy in zip(case.inputs, before, strict=True):
+            if not _same_bits(tensor, copy):
+                overwritten = True
+                tensor.copy_(copy)  # the next candidate is given the same
     where = f"on {case.distribution} inputs at {', '.join(f'{r}={n}' for r, n in case.sizes)}"
-    for tensor, copy in zip(case.inputs, before, strict=True):
-        if not _same_bits(tensor, copy):
-            raise Rejected("wrong", f"an input was overwritten {where}")
+    if overwritten:
+        raise Rejected("wrong", f"an input was overwritten {where}")
     found = []
     for expected, a, b in zip(case.expected, first, second, strict=True):
         error = _measure_error(expected, a, where)

@@ -243,3 +243,17 @@ cascade both(X[m,p]: f32) -> S[m], A[m], N[m]
     cascade = parse_cascade(text)
     found = verify(Python(lambda x: tuple(evaluate(cascade, {"X": x}).values())), oracle(text, m=12, p=33))
     assert found.largest_error <= found.tolerance
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_one_candidate_overwrites_the_next_does_not_see(fails):
+    def overwriting(x):
+        x.mul_(3)
+        if fails:
+            raise MemoryError
+        return x.var(1, correction=0)
+
+    shared = oracle(VARIANCE, m=5, p=40)
+    with pytest.raises(MemoryError if fails else Rejected):
+        verify(Python(overwriting), shared)
+    verify(Python(lambda x: x.var(1, correction=0)), shared)
