@@ -81,7 +81,7 @@ class Driver:
         if result == OUT_OF_MEMORY:
             return EinfallError(text, hint="free tensors, torch.cuda.empty_cache(), or a smaller call")
         if result in INVALID_IMAGE:
-            return BuildError(text, hint="compile the kernel for this GPU; its target is in `einfall doctor`")
+            return BuildError(text, hint="compile the kernel for this GPU: a call with tensors that lie on it does")
         if result in TOO_LARGE:
             return UnsupportedError(text, hint="the kernel needs more than a block of this GPU has: another schedule")
         if result in FAULTS:
