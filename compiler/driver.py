@@ -23,7 +23,7 @@ from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedErro
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan
 from ..ir.tile import TileProgram, kernel_tiles
-from ..schedules.default import default_schedule, default_split
+from ..schedules.default import default_schedule, default_split, streams_stretches
 from ..schedules.fit import TooLarge, roomier, smaller
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
@@ -247,8 +247,9 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
         _trace_passes(order.cascade, order.sizes)
     plan = make_plan(order.cascade, order.sizes, **(schedule or Schedule()).plan)
     split = default_split(plan, order.sizes, order.target) if schedule is None else {}
-    if split:
-        plan = make_plan(order.cascade, order.sizes, split=split)
+    cut = make_plan(order.cascade, order.sizes, split=split) if split else plan
+    if split and streams_stretches(cut, split, order.sizes):
+        plan = cut
         schedule = replace(default_schedule(plan, order.sizes, order.target), split=tuple(sorted(split.items())))
     return lower_plan(order, plan, schedule)
 

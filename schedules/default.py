@@ -46,6 +46,13 @@ def default_split(plan: Plan, sizes: Mapping[str, int], target: Target) -> dict[
     return gpu_split(plan, {k.name: _tiles(plan, k, known, target) for k in plan.kernels}, known, target)
 
 
+def streams_stretches(plan: Plan, split: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+    """Whether the kernels of a plan with cut streams run along the stretches, rather than hold one whole."""
+    known = plan.cascade.solve_sizes(sizes)
+    held = {rank for kernel in plan.kernels for rank in kernel_roles(plan.cascade, kernel, known).resident}
+    return not held & {f"{rank}_in" for rank in split}
+
+
 def _tiles(plan: Plan, kernel: KernelPlan, sizes: Mapping[str, int], target: Target) -> dict[str, int]:
     roles = kernel_roles(plan.cascade, kernel, sizes)
     if target.kind == "cpu":
