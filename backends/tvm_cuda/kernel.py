@@ -15,7 +15,7 @@ from ..tvm.streams import as_int64
 from .evaluate import ThreadEvaluator, ThreadPoint
 from .spread import Block
 
-UNROLLED = 64  # points of a nest whose loops are unrolled, so that its tiles stay in registers
+UNROLLED = 128  # points of a nest whose loops are unrolled, so that its tiles stay in registers
 
 
 @dataclass
