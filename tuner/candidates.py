@@ -87,7 +87,7 @@ class Listed(Generic[P]):
         self._around: Callable[[P], Sequence[P]] | None = getattr(space, "neighbours", None)
         self._points = list(dict.fromkeys(space))
         self._index = {p: i for i, p in enumerate(self._points)}
-        self._table = np.array([list(space.features(p)) for p in self._points], dtype=np.float64).reshape(len(self._points), -1)
+        self._table = _matrix([space.features(p) for p in self._points])
         self._levels = np.zeros(self._table.shape, dtype=np.int64)
         for i, column in enumerate(self._table.T):
             self._levels[:, i] = np.unique(column, return_inverse=True)[1]
@@ -165,14 +165,18 @@ class Drawn(Generic[P]):
         return [p for p in found if self.same(p) not in known]
 
     def rows(self, points: Sequence[P]) -> Matrix | None:
-        import numpy as np
-
         if self._features is None:
             return None
         for point in points:
             if point not in self._row_of:
                 self._row_of[point] = [float(x) for x in self._features(point)]
-        return np.array([self._row_of[p] for p in points], dtype=np.float64).reshape(len(points), -1)
+        return _matrix([self._row_of[p] for p in points])
 
     def same(self, point: P) -> Hashable:
         return point if self._identity is None else self._identity(point)
+
+
+def _matrix(rows: Sequence[Sequence[float]]) -> Matrix:
+    import numpy as np
+
+    return np.array([list(row) for row in rows], dtype=np.float64).reshape(len(rows), len(rows[0]) if rows else 0)

@@ -93,7 +93,7 @@ def profile(program: TileProgram) -> Profile:
             case Store():
                 ranks = tuple(dict.fromkeys(x for c in node.coords for x in expression_ranks(c, tiles)))
                 accesses.append(Access(node.tensor, types[node.tensor].bytes, ranks, loops))
-    whole = [(t.name, t.ranks, t.dtype.bytes) for t in (*program.inputs, *program.outputs)]
+    whole = [(t.name, t.ranks, t.dtype.bytes) for t in program.inputs] + [(t.name, t.ranks, t.dtype.bytes) for t in program.outputs]
     grid = tuple(axis.rank for axis in program.grid)
     return Profile(program.name, grid, tuple(accesses), tuple(counts), tuple(whole), footprint(program))
 
