@@ -17,7 +17,10 @@ from .options import kernel_options, print_json, request, using
 def explain_command(
     ref: str, target: str, dims: Any, dtype: Any, values: Any, database: str | None, as_json: bool, seed: int, html: str | None
 ) -> None:
-    """Show the cascade of REF, its passes before and after, the rewrites, the plan, the traffic and the roofline."""
+    """Show the cascade of REF, its passes before and after, the rewrites, the plan, the traffic and the roofline.
+
+    For a GPU, which need not be there, also the default schedule: tiles, warps, stages, cuts, what stands for f32, estimates.
+    """
     asked = request(ref, target, dims, dtype, values, seed)
     with using(database):
         report = asked.kernel.explain(dims=asked.dims, dtypes=asked.dtypes, target=target, show=False, **asked.values)

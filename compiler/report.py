@@ -1,7 +1,8 @@
 """`explain`: what the compiler makes of a cascade on a target, as data, as text and as a page.
 
 The figures are lower bounds and plans, nothing is measured: passes by `analysis.py`, bytes and operations by `cost.py` and
-`operations.py`, kernels from the derived plan. Without all extents the counts of passes remain and the figures in bytes are left out.
+`operations.py`, kernels from the derived plan, a GPU's default schedule by `report_schedule.py`. Without all extents the counts of passes
+remain; the figures in bytes and the schedule are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .flow import fiber
 from .operations import by_unit, operations
 from .passes import make_plan, rewritten
 from .report_html import report_html
+from .report_schedule import ScheduleReport, scheduled
 from .report_text import report_text
 from .sizes import complete_sizes, missing_sizes
 
@@ -93,7 +95,10 @@ def _state(x: State) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `explain` found. `cost` is None while `missing` names ranks without an extent; `after` is None without a plan."""
+    """What `explain` found. `cost` is None while `missing` names ranks without an extent; `after` is None without a plan.
+
+    `schedule` is the default's on a GPU, None for other targets and without extents.
+    """
 
     cascade: Cascade
     target: Target
@@ -106,6 +111,7 @@ class Report:
     rewrites: tuple[Rewrite, ...]
     rejected: tuple[Refusal, ...]
     cost: Cost | None
+    schedule: ScheduleReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data. Figures that need extents which are not given are None; `missing` names the ranks."""
@@ -120,6 +126,7 @@ class Report:
             "phases": {r.rank: r.phases for r in self.before.ranks},
             "reads": {"before": self.before.to_dict(), "after": {rank: dict(inputs) for rank, inputs in self.reads_after}},
             "kernels": [k.to_dict() for k in self.kernels],
+            "schedule": self.schedule.to_dict() if self.schedule else None,
             "traffic_bytes": found.traffic_bytes if found else None,
             "traffic": [t.to_dict() for t in found.traffic] if found else [],
             "flops": found.flops if found else None,
@@ -165,6 +172,12 @@ def explain(cascade: Cascade, sizes: Mapping[str, int], target: Target, *, plan:
     if plan is not None:
         refusals += [Refusal(r.rewrite, r.statement, r.reason) for k in plan.kernels for s in k.stages for r in s.rejected]
         refusals += [Refusal(r.rewrite, r.statement, r.reason) for r in plan.cuts]
+    schedule = None
+    if plan is not None and not missing:
+        try:
+            schedule = scheduled(cascade, plan, known, target)
+        except EinfallError as error:
+            refusals.append(Refusal("schedule", error.statement or "", error.what))
     before = pass_report(cascade)
     reads_after = _reads_after(cascade, plan) if plan else ()
     found = None if missing else cost(cascade, known, target, plan)
@@ -180,6 +193,7 @@ def explain(cascade: Cascade, sizes: Mapping[str, int], target: Target, *, plan:
         rewrites=(*_preparation(cascade, plan, known), *_streaming(before, reads_after, plan, found)) if plan else (),
         rejected=tuple(dict.fromkeys(refusals)),
         cost=found,
+        schedule=schedule,
     )
 
 

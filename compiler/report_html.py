@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..ir.text import print_cascade
 from .figures import basis_of, byte_count, duration, missing_hint, quantity
 from .operations import by_unit
+from .report_schedule import HEAD
 from .report_text import report_text
 from .roofline_svg import roofline_svg
 
@@ -49,6 +50,7 @@ def report_html(report: Report) -> str:
         _passes(report),
         _changes(report),
         _kernels(report),
+        _schedule(report),
         _costs(report.cost) if report.cost else f"<p>{escape(missing_hint(report.missing))}</p>",
         f"<details><summary>as text</summary><pre>{escape(report_text(report))}</pre></details>",
         "</body></html>",
@@ -79,6 +81,15 @@ def _kernels(report: Report) -> str:
         moved = "–" if k.traffic_bytes is None else byte_count(k.traffic_bytes)
         rows.append([k.plan.name, k.plan.stream or "–", stages, ", ".join(k.plan.inputs), ", ".join(k.plan.outputs), moved])
     return _section("Plan", ["kernel", "stream", "stages", "reads", "stores", "bytes"], rows)
+
+
+def _schedule(report: Report) -> str:
+    found = report.schedule
+    if found is None:
+        return ""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in found.notes)
+    table = _section(f"Schedule, the default for {found.target}", HEAD, found.rows())
+    return f"{table}<p>Nothing is compiled or measured.</p>" + (f"<ul>{notes}</ul>" if notes else "") if table else ""
 
 
 def _costs(found: Cost) -> str:

@@ -1,4 +1,4 @@
-"""The report as text: the cascade, passes, rewrites, the plan's kernels, traffic, footprint, operations, the roofline."""
+"""The report as text: the cascade, passes, rewrites, the plan's kernels, a GPU's schedule, traffic, footprint, operations, the roofline."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Step
 from ..ir.text import print_cascade, print_expr, print_statement
 from .figures import basis_of, byte_count, duration, missing_hint, quantity
 from .operations import by_unit
+from .report_schedule import HEAD
 
 if TYPE_CHECKING:
     from .cost import Cost
@@ -25,6 +26,7 @@ def report_text(report: Report) -> str:
         _passes(report),
         _rewrites(report),
         _kernels(report),
+        _schedule(report),
         *_costs(report),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
@@ -90,6 +92,14 @@ def _kernel(kernel: KernelReport) -> list[str]:
             lines.append(f"      {state.name}[{','.join(state.ranks)}] {state.op} {print_expr(state.summand)}{carried}")
         lines += [f"      origin {o.name}[{','.join(o.ranks)}] = {print_expr(o.expr)}" for o in stage.origins]
     return lines
+
+
+def _schedule(report: Report) -> list[str]:
+    found = report.schedule
+    if found is None or not found.kernels:
+        return []
+    title = f"schedule, the default for {found.target}; nothing is compiled or measured"
+    return [title, *_table(HEAD, found.rows()), *(f"  {note}" for note in found.notes)]
 
 
 def _costs(report: Report) -> list[list[str]]:

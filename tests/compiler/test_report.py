@@ -176,6 +176,68 @@ def test_text(golden):
     golden("no_extents", report(sizes={}).to_text())
 
 
+# a GPU's schedule ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_schedule_of_a_gpu_is_told():
+    found = report()
+    schedule = found.to_dict()["schedule"]
+    assert (schedule["basis"], schedule["split"], schedule["shared_limit"]) == ("estimated", {}, 227 * 1024)
+    (kernel,) = schedule["kernels"]
+    assert kernel["tiles"]["p"] * kernel["tasks"] > 0 and set(kernel["whole"]) == {"e", "f"}
+    assert kernel["tasks"] == 2 * -(-128 // kernel["tiles"]["m"])
+    row = next(line for line in found.to_text().splitlines() if line.startswith("  attention  m "))
+    assert f"p {kernel['tiles']['p']}" in row and f"{kernel['shared_bytes'] // 1024} of 227 KiB" in row
+    page = found.to_html()
+    assert "Schedule, the default for cuda:sm_90" in page and "stand for one of f32" in page
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "choice", "said"),
+    [
+        ("cuda:sm_90", "f32", "tf32x3", "products of f32 in attention: as three tf32 products each on the matrix unit (tf32x3)"),
+        ("hip:gfx942", "f32", "ieee", "products of f32 in attention: in f32, without a matrix unit (ieee)"),
+        ("cuda:sm_90", "bf16", None, ""),
+    ],
+)
+def test_what_stands_for_products_of_f32_is_said(target, dtype, choice, said):
+    text = ATTENTION
+    for name in ("Q[b,m,e]", "K[b,p,e]", "V[b,p,f]"):
+        text = text.replace(name, f"{name}: {dtype}", 1)
+    found = report(text, plan=None, target=target)
+    assert found.to_dict()["schedule"]["kernels"][0]["f32_products"] == choice
+    assert said in found.to_text() and ("products of f32" in found.to_text()) == bool(said)
+
+
+def test_a_stream_that_is_cut_has_the_kernels_of_its_stretches():
+    found = report(sizes={"b": 1, "m": 8, "p": 65536, "e": 64, "f": 64}, plan=None)
+    schedule = found.to_dict()["schedule"]
+    parts = schedule["split"]["p"]
+    assert parts > 1 and len(schedule["kernels"]) == 2 and schedule["kernels"][0]["tasks"] % parts == 0
+    assert f"the stream over p is cut into {parts} stretches, merged by another kernel" in found.to_text()
+    assert len(found.kernels) == 1, "the plan is told without cuts"
+
+
+def test_a_kernel_without_products_has_no_estimate():
+    text = "cascade total(X[i,j]) -> Y[i]\n  Y[i] = sum(j) X[i,j]\n"
+    found = report(text, {"i": 4096, "j": 4096}, plan=None)
+    (kernel,) = found.to_dict()["schedule"]["kernels"]
+    assert kernel["shared_bytes"] is kernel["registers"] is kernel["f32_products"] is None
+    assert kernel["tiles"]["j"] > 1 and "KiB" not in found.to_text()
+
+
+def test_no_schedule_where_none_is_known():
+    for found in (report(sizes={}), report(target="cpu"), report(target="ascend:910b3")):
+        assert found.to_dict()["schedule"] is None and "schedule, the default" not in found.to_text()
+
+
+def test_what_cannot_be_lowered_is_told_as_not_done():
+    text = "cascade total(X[i,j]: f64) -> Y[i]\n  Y[i] = sum(j) X[i,j]\n"
+    found = report(text, {"i": 4, "j": 5}, plan=None)
+    assert found.to_dict()["schedule"] is None
+    assert any(r["rewrite"] == "schedule" and "f64" in r["reason"] for r in found.to_dict()["rejected"])
+
+
 class Tags(HTMLParser):
     """Checks that tags are closed in order and collects what a page would load."""
 
