@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on purpose: that takes half a minute
 PREFILL = ("SDPA cuDNN", "SDPA flash", "FlexAttention", "eager")
 PEERS = {
     "bf16 H32 S8192 D128 causal": PREFILL,
