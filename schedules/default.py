@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..ir.plan import KernelPlan, Plan
 from .footprint import ceil_power
 from .gpu import gpu_split, gpu_tiles
-from .roles import POINTS, Roles, factor_bytes, kernel_roles
+from .roles import POINTS, Roles, factor_bytes, kernel_roles, lone_rows
 from .schedule import Schedule
 from .target import Target
 
@@ -57,6 +58,8 @@ def _tiles(plan: Plan, kernel: KernelPlan, sizes: Mapping[str, int], target: Tar
     roles = kernel_roles(plan.cascade, kernel, sizes)
     if target.kind == "cpu":
         return default_tiles(roles, sizes)
+    alone = lone_rows(plan.cascade, kernel, roles)
+    roles = replace(roles, rows=tuple(r for r in roles.rows if r not in alone), units=(*roles.units, *sorted(alone)))
     return gpu_tiles(roles, sizes, factor_bytes(plan.cascade, kernel, roles, sizes), target)
 
 

@@ -190,6 +190,19 @@ def factor_bytes(cascade: Cascade, kernel: KernelPlan, roles: Roles, sizes: Mapp
     return largest
 
 
+def lone_rows(cascade: Cascade, kernel: KernelPlan, roles: Roles) -> frozenset[str]:
+    """The row ranks that every streamed operand of a contraction has: rows along them share nothing, and each is a product of its own."""
+    operands: list[set[str]] = []
+    inputs = {t.name for t in cascade.inputs}
+    summands = [(s.expr, s.ranks, s.over) for s in _sums(kernel)]
+    summands += [(s.summand, s.ranks, s.over) for stage in kernel.stages for s in stage.states if s.op == "sum"]
+    for e, ranks, over in summands:
+        if is_contraction(e, ranks, over):
+            factors = [f for f in product_factors(e) if any(r.tensor in inputs for r in reads(f))]
+            operands += [set(expression_ranks(f)) for f in factors if roles.stream in expression_ranks(f)]
+    return frozenset(rank for rank in roles.rows if operands and all(rank in ranks for ranks in operands))
+
+
 def _bytes_of(e: Expr, types: Mapping[str, DType]) -> float:
     """Bytes of an element; 4 of what is computed over the states of a stage, whose names are no tensors."""
     if any(r.tensor not in types for r in reads(e)):
