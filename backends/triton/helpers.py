@@ -39,7 +39,9 @@ def float_mod(a, b):
 @triton.jit
 def float_floor_div(a, b):
     """The quotient of floats rounded down."""
-    return tl.where(b == 0, a / b, tl.floor((a - float_mod(a, b)) / b + 0.5))
+    far = (tl.abs(b) == float("inf")) & (tl.abs(a) < float("inf"))
+    near = tl.where(b == 0, a / b, tl.floor((a - float_mod(a, b)) / b + 0.5))
+    return tl.where(far, tl.where((a != 0) & ((a < 0) != (b < 0)), -1.0, 0.0), near)
 ''',
     "shift_left": '''
 @triton.jit
@@ -98,11 +100,11 @@ def log1p(x):
     "power": '''
 @triton.jit
 def power(a, b):
-    """a to the power b; of a negative a for whole b only."""
-    size = tl.exp2(b * tl.log2(tl.abs(a)))
+    """a to the power b; of a negative number for whole b only."""
+    size = tl.where(b == 1, tl.abs(a), tl.where(tl.abs(a) == 1, 1.0, tl.exp2(b * tl.log2(tl.abs(a)))))
     whole = tl.floor(b) == b
     odd = tl.floor(b * 0.5) * 2.0 != b
-    signed = tl.where(whole & odd, -size, tl.where(whole, size, float("nan")))
+    signed = tl.where(whole & odd, -size, tl.where(whole | (a == float("-inf")), size, float("nan")))
     return tl.where((b == 0) | (a == 1.0), 1.0, tl.where(a < 0, signed, size))
 ''',
     "root": '''

@@ -147,6 +147,10 @@ class Builder(it.InterpreterBuilder):  # type: ignore[misc]
     def get_bf16(self, value: float) -> Any:
         return Handle(round_to_bf16(np.array([value], np.float32)), tl.bfloat16)
 
+    def get_all_ones_value(self, type: Any) -> Any:
+        kind = it._get_np_dtype(type)
+        return Handle(np.array([True]) if kind == np.bool_ else np.array([-1]).astype(kind), type.scalar)
+
     def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
         if op in _FLOAT_OPS and _is(lhs, tl.bfloat16) and _is(rhs, tl.bfloat16):
             out = op(widen(lhs.data), widen(rhs.data))
@@ -352,6 +356,7 @@ _EXPECTED = {
     it.InterpreterBuilder: (
         "binary_op", "unary_op", "cast_impl", "create_fp_to_fp", "create_fp_trunc", "create_fp_ext", "create_si_to_fp", "create_dot",
         "create_fma", "create_maxnumf", "create_minnumf", "create_clampf", "create_masked_load", "create_masked_store", "create_load",
+        "get_all_ones_value",
         "create_store", "set_grid_idx", "create_atomic_rmw", "create_atomic_cas", "create_fadd", "create_fcmpOLT", "create_bitcast",
     ),
     it.ReduceOps: ("apply_impl", "generic_reduce", "unravel", "to_tensor", "sum"),

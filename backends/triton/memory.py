@@ -13,10 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from ...ir.binding import to_torch
 from ...ir.cascade import Axis as MemoryAxis
 from ...ir.cascade import Tensor
 from ...ir.expr import Const, Expr, Extent, Index, Op, Read, walk
 from ...ir.infer import expression_ranks
+from ...ir.reference_ops import round_f4
 from ...ir.tile import TileOutput, TileProgram
 from ...ir.types import DType
 from . import script as ts
@@ -235,7 +239,7 @@ class MemoryAccess(Kernel):
         mask = self.holds(axes)
         mask = mask.joined(Mask(tuple(self._inside(e, array, digits, kept))))
         condition, always = self.mask_text(mask, axes)
-        fill = 0 if e.fill is None else e.fill.value
+        fill = 0 if e.fill is None else code_of(e.fill.value, array.dtype)
         other = ts.number_text(fill if not isinstance(fill, bool) else int(fill))
         if condition is not None:
             text += f", mask={condition}, other={other}" + ("" if always else " if edge else None")
@@ -372,6 +376,14 @@ class MemoryAccess(Kernel):
         if t.kind == "bool":
             return replace(self.infix("!=", v, ts.constant(0)), dtype=t, clean=v.clean)
         return replace(v, type=v.type if v.type != "int1" else held_type(t))
+
+
+def code_of(value: float | int | bool, t: DType) -> float | int | bool:
+    """A number as memory holds it: the code of a narrow float of a byte, any other as it is."""
+    if t.name not in BYTES:
+        return value
+    x = torch.tensor(float(value))
+    return int((round_f4(x) if t.name == "f4e2m1" else x).to(to_torch(t)).view(torch.uint8))
 
 
 def _mentions(e: Expr, rank: str) -> bool:
