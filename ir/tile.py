@@ -224,3 +224,21 @@ def kernel_tiles(nodes: tuple[Node, ...]) -> dict[str, tuple[tuple[str, ...], DT
             case Store():
                 continue
     return table
+
+
+def body_expressions(nodes: tuple[Node, ...]) -> list[Expr]:
+    """Every expression of a body in order, those of loops included, but for the loops' bounds."""
+    found: list[Expr | None] = []
+    for node in nodes:
+        match node:
+            case Map() | Reduce():
+                found.append(node.expr)
+            case Scan():
+                found += [node.expr, node.start]
+            case Dot():
+                found += [node.a, node.b, node.update, node.post]
+            case Store():
+                found += [*node.coords, node.expr]
+            case Loop():
+                found += [*node.conditions, *(e for s in node.states for e in (s.init, s.next)), *body_expressions(node.body)]
+    return [e for e in found if e is not None]

@@ -10,9 +10,9 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from ..ir.expr import Expr, Masked, Tile, reads, walk
+from ..ir.expr import Masked, Tile, reads, walk
 from ..ir.infer import expression_ranks
-from ..ir.tile import Dot, Loop, Map, Node, Reduce, Scan, Store, TileProgram
+from ..ir.tile import Dot, Loop, Map, Node, TileProgram, body_expressions
 from ..ir.types import f32
 from .layout import rank_sizes
 from .schedule import Schedule
@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 4  # rows that every register tile can hold
 
 def fold_operands(program: TileProgram, schedule: Schedule) -> TileProgram:
     """`program` with operands that few rows use as expressions of their dots. Tiles that `schedule` lays out stay."""
-    used = Counter(n.name for e in _expressions(program.body) for n in walk(e) if isinstance(n, Tile))
+    used = Counter(n.name for e in body_expressions(program.body) for n in walk(e) if isinstance(n, Tile))
     kept = {name for name, _ in schedule.layout} | {name for name, n in used.items() if n > 1}
     body = _folded(program.body, rank_sizes(program), kept, inside=False)
     return program if body == program.body else replace(program, body=body)
@@ -56,21 +56,3 @@ def _is_from_memory(node: Map) -> bool:
     """Whether the tile is computed from memory alone, the same wherever in the body it is done."""
     fixed = not any(isinstance(n, (Tile, Masked)) for n in walk(node.expr))
     return node.dtype == f32 and fixed and any(True for _ in reads(node.expr)) and set(expression_ranks(node.expr)) >= set(node.ranks)
-
-
-def _expressions(nodes: tuple[Node, ...]) -> list[Expr]:
-    """Every expression of a body, those of loops included."""
-    found: list[Expr | None] = []
-    for node in nodes:
-        match node:
-            case Map() | Reduce():
-                found.append(node.expr)
-            case Scan():
-                found += [node.expr, node.start]
-            case Dot():
-                found += [node.a, node.b, node.update, node.post]
-            case Store():
-                found += [*node.coords, node.expr]
-            case Loop():
-                found += [*node.conditions, *(e for s in node.states for e in (s.init, s.next)), *_expressions(node.body)]
-    return [e for e in found if e is not None]

@@ -6,9 +6,10 @@ import pprint
 from dataclasses import replace
 
 from ...ir.errors import UnsupportedError
-from ...ir.expr import Const, Expr, Extent, Start, reads, walk
+from ...ir.expr import Const, Extent, Start, reads, walk
+from ...ir.infer import expression_ranks
 from ...ir.text import print_node, print_program, program_ranks
-from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Scan, Store, TileProgram, kernel_tiles
+from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Scan, Store, TileProgram, body_expressions, kernel_tiles
 from ...ir.types import f32, f64
 from ...schedules.gpu import options_of
 from ...schedules.schedule import KernelOptions, Schedule
@@ -101,7 +102,7 @@ class Emitter(Contractions):
         self._tasks(heavy_first)
         stored: set[str] = set()
         for node in self.program.body:
-            if stored & {r.tensor for e in _expressions(node) for r in reads(e)}:
+            if stored & {r.tensor for e in body_expressions((node,)) for r in reads(e)}:
                 outer.lines.append(Call("tl.debug_barrier()  # what the threads of this program stored is read below"))
                 stored = set()
             self.node(node)
@@ -191,7 +192,7 @@ class Emitter(Contractions):
                     if node.post is not None:
                         self._set(node.dst, digits, self.held(self.computed(self.value(node.post, digits)), "float32"))
             case Store():
-                ranks = tuple(dict.fromkeys(r for c in node.coords for r in _index_ranks(c)))
+                ranks = tuple(dict.fromkeys(r for c in node.coords for r in expression_ranks(c)))
                 narrow = not self.arrays[node.tensor].dtype.is_float or self.arrays[node.tensor].dtype.bits < 16
                 for digits in self.combinations(ranks):
                     v = self.value(node.expr, digits, precise=narrow)
@@ -224,7 +225,9 @@ class Emitter(Contractions):
         edge = self._edge(loop)
         start = ts.scalar(self.names.fresh(f"{loop.rank}0"))
         trivial = loop.bounds.end == Extent(loop.rank)
-        low = None if loop.bounds.begin == Const(0) else self._named("begin", ts.greatest(self.value(loop.bounds.begin, {}), ts.constant(0)))
+        low = None
+        if loop.bounds.begin != Const(0):
+            low = self._named("begin", ts.greatest(self.value(loop.bounds.begin, {}), ts.constant(0)))
         scope = Scope(loop=loop, start=start, edge=edge, low=low, high=None if trivial else last)
         self.scopes.append(scope)
         for node in loop.body:
@@ -380,27 +383,3 @@ def _wrapped(names: list[str]) -> list[str]:
             line = "   "
         line += f" {name},"
     return [*lines, line]
-
-
-def _index_ranks(e: Expr) -> list[str]:
-    from ...ir.infer import expression_ranks
-
-    return list(expression_ranks(e))
-
-
-def _expressions(node: Node) -> list[Expr]:
-    """Every expression of a node, those of a loop's body included."""
-    found: list[Expr | None] = []
-    for inner in nodes_of((node,)):
-        match inner:
-            case Map() | Reduce():
-                found.append(inner.expr)
-            case Scan():
-                found += [inner.expr, inner.start]
-            case Dot():
-                found += [inner.a, inner.b, inner.update, inner.post]
-            case Store():
-                found += [*inner.coords, inner.expr]
-            case Loop():
-                found += [*inner.conditions, *(e for s in inner.states for e in (s.init, s.next))]
-    return [e for e in found if e is not None]

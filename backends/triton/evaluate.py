@@ -38,6 +38,7 @@ IDENTITIES = {"max": float("-inf"), "min": float("inf"), "sum": 0.0, "prod": 1.0
 class Evaluator(MemoryAccess):
     """Turns expressions into values; `precise` values decide something or are rounded to bits."""
 
+    scalars: dict[str, Value]
     precise_tiles: frozenset[str] = frozenset()
     ordered_tiles: frozenset[str] = frozenset()  # results of max and min, which are never NaN
 
@@ -71,8 +72,6 @@ class Evaluator(MemoryAccess):
             case Op(name=name, args=args):
                 return self._operation(name, args, digits, precise)
         raise AssertionError(f"not an expression: {e!r}")
-
-    scalars: dict[str, Value]
 
     def coordinate(self, e: Expr, digits: Digits) -> Value:
         """A coordinate as a whole number."""

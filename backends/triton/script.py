@@ -155,18 +155,18 @@ def mul(a: Value, b: Value, order: Sequence[str] = ()) -> Value:
 
 def least(a: Value, b: Value, order: Sequence[str] = ()) -> Value:
     """The lesser of two indices."""
-    return _extreme("tl.minimum", min, a, b, order)
+    return _extreme("tl.minimum", a, b, order)
 
 
 def greatest(a: Value, b: Value, order: Sequence[str] = ()) -> Value:
     """The greater of two indices."""
-    return _extreme("tl.maximum", max, a, b, order)
+    return _extreme("tl.maximum", a, b, order)
 
 
-def _extreme(function: str, choose: type | object, a: Value, b: Value, order: Sequence[str]) -> Value:
+def _extreme(function: str, a: Value, b: Value, order: Sequence[str]) -> Value:
     if a.number is not None and b.number is not None:
-        pick = min if function == "tl.minimum" else max
-        return constant(pick(int(a.number), int(b.number)))
+        choose = min if function == "tl.minimum" else max
+        return constant(choose(int(a.number), int(b.number)))
     if a.text == b.text:
         return a
     return call(function, a, b, order=order, type="int32", dtype=i32)
