@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias
 
 from .candidates import Enumerable, P, Pool, Sampled, pool_of
-from .cost_model import Classifier, CostModel, Prior
+from .cost_model import CostModel, Prior, Ranking
 from .history import Failure, History, Trial
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Evolution(Generic[P]):
         self._seeds: list[P] = list(dict.fromkeys(getattr(space, "seeds", ()) if seeds is None else seeds))
         self._sources: tuple[PriorFunction, ...] = () if prior is None else (prior,) if callable(prior) else tuple(prior)
         self._expected: dict[P, tuple[float, ...]] = {}
-        self._model: CostModel = Classifier() if model is None else model
+        self._model: CostModel = Ranking() if model is None else model
         self._warm_up = min(self.WARM_UP, max(4, budget // 4))
         self._led = min(self.LED, max(2, budget // 8))
 
