@@ -36,7 +36,7 @@ def target_for(device: torch.device, name: str = "a tensor") -> str:
 @functools.cache
 def cuda_target(capability: Capability) -> str:
     """The target for a GPU of this compute capability: its own, or the nearest known one whose code it runs, with a warning."""
-    known = {_capability(name): name for name in target_names() if name.startswith("cuda:sm_")}
+    known = {capability_of(name): name for name in target_names() if name.startswith("cuda:sm_")}
     own = f"cuda:sm_{capability[0]}{capability[1]}"
     fitting = [c for c in known if runs_on(c, capability)]
     if not fitting:
@@ -71,12 +71,12 @@ def check_device(target: Target, name: str, tensor: torch.Tensor, cascade: str) 
         raise UnsupportedError(built, cascade=cascade, hint=hint)
     else:
         capability = torch.cuda.get_device_capability(device)
-        if not runs_on(_capability(target.name), capability):
+        if not runs_on(capability_of(target.name), capability):
             hint = "call the kernel itself, which builds for the device of its tensors"
             raise UnsupportedError(f"{built}, and {device} is sm_{capability[0]}{capability[1]}", cascade=cascade, hint=hint)
 
 
-def _capability(target: str) -> Capability:
+def capability_of(target: str) -> Capability:
     """(9, 0) of `cuda:sm_90`, whichever emitter it names."""
     major, minor = divmod(int(target.removesuffix(SECOND).rpartition("_")[2]), 10)
     return major, minor

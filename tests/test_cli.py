@@ -187,6 +187,15 @@ def test_bench_times_the_kernel_against_eager(call):
 # -- the database ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_tune_for_a_gpu_that_is_not_here_is_one_sentence_and_what_to_do(call, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = call("tune", "rows.cascade", *ROWS, "--target", "cuda:sm_90", "--trials", "2")
+    assert status == 2 and out == "" and "Traceback" not in err
+    assert "this machine has no device for cuda:sm_90: " in err and "`compile` and `check` need none" in err
+
+
 def test_tune_records_a_winner_that_db_shows(call):
     status, out, err = call("tune", "rows.cascade", *ROWS, "--trials", "2", "--json")
     assert status == 0, err

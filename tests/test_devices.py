@@ -220,4 +220,4 @@ def test_an_old_gpu_is_refused():
 
 
 def test_the_second_emitter_has_the_capability_of_the_first():
-    assert devices._capability("cuda:sm_90+tvm") == (9, 0)
+    assert devices.capability_of("cuda:sm_90+tvm") == (9, 0)

@@ -17,7 +17,7 @@ _COMPILERS = {"cpu": ("tvm", "apache-tvm"), "cuda": ("triton", "triton"), "hip":
 
 
 def describe_device(target: Target) -> Device:
-    """The device of `target` in this machine. Raises `UnsupportedError` where a GPU target has none."""
+    """The device of `target` in this machine. Raises `UnsupportedError` where a GPU target has none, or another than it names."""
     if target.kind == "cpu":
         return Device(
             vendor="cpu",
@@ -30,8 +30,14 @@ def describe_device(target: Target) -> Device:
     if target.kind == "cuda":
         import torch
 
+        from ..compiler.devices import capability_of, cuda_target, runs_on
+
         if torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+            if not runs_on(capability_of(target.name), (properties.major, properties.minor)):
+                here, own = f"sm_{properties.major}{properties.minor}", cuda_target((properties.major, properties.minor))
+                hint = f"--target {own}, or another GPU by CUDA_VISIBLE_DEVICES"
+                raise UnsupportedError(f"the GPU of this machine is {here}, where kernels for {target.name} do not run", hint=hint)
             return Device(
                 vendor="nvidia",
                 model=properties.name,
@@ -40,7 +46,9 @@ def describe_device(target: Target) -> Device:
                 memory_bytes=properties.total_memory,
                 driver=torch.version.cuda or "",
             )
-    raise UnsupportedError(f"this machine has no device for {target.name}", hint="`einfall targets` lists what it can run")
+    from .placement import no_device
+
+    raise no_device(target)
 
 
 def describe_toolchain(target: Target) -> Toolchain:

@@ -19,8 +19,19 @@ def place_of(target: Target) -> torch.device:
     if target.kind == "cpu":
         return CPU
     if target.kind != "cuda" or not torch.cuda.is_available():
-        raise UnsupportedError(f"this machine has no device for {target.name}", hint="`einfall targets` lists what it can run")
+        raise no_device(target)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def no_device(target: Target) -> UnsupportedError:
+    """That kernels for `target` do not run here, why, and what can be done without."""
+    what = f"this machine has no device for {target.name}"
+    if target.kind == "cuda" and torch.version.cuda is None:
+        what += f": this PyTorch ({torch.__version__}) is built without CUDA"
+    elif target.kind == "cuda":
+        what += ": PyTorch finds no GPU, or no driver (nvidia-smi lists both)"
+    hint = "`einfall explain`, `compile` and `check` need none; `einfall targets` lists what this machine can run"
+    return UnsupportedError(what, hint=hint)
 
 
 def clock_of(place: torch.device) -> Callable[[], float]:

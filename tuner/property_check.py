@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ..compiler.binding import complete_sizes
-from ..compiler.devices import runs_on
+from ..compiler.devices import capability_of, runs_on
 from ..compiler.executable import Executable
 from ..compiler.interpreted import INTERPRETED, interpreted
 from ..ir.cascade import Cascade
@@ -93,11 +93,8 @@ def ran_where(target: Target) -> Ran:
     """Where kernels for `target` are checked here: on a device that this machine has, or in the interpreter."""
     if target.kind not in INTERPRETED:
         return "device"
-    if target.kind == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
-        major, minor = divmod(int(target.name.rpartition("_")[2]), 10)
-        if runs_on((major, minor), torch.cuda.get_device_capability()):
-            return "device"
-    return "interpreter"
+    present = target.kind == "cuda" and torch.cuda.is_available() and torch.version.hip is None
+    return "device" if present and runs_on(capability_of(target.name), torch.cuda.get_device_capability()) else "interpreter"
 
 
 def check_kernel(

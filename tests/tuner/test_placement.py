@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from einfall.ir.errors import UnsupportedError
 from einfall.schedules.schedule import Schedule
 from einfall.schedules.target import load_target
 from einfall.tuner import placement, worker
+from einfall.tuner.device import describe_device
 from einfall.tuner.placement import clock_of, moved, place_of
 from fake_cuda import FakeDevice, OnDevice, on_device
 
@@ -41,6 +44,27 @@ def test_a_device_that_is_not_here_is_named(monkeypatch):
     for name in ("cuda:sm_90", "hip:gfx942"):
         with pytest.raises(UnsupportedError, match=f"no device for {name}"):
             place_of(load_target(name))
+
+
+def test_why_there_is_no_device_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, why in ((None, "is built without CUDA"), ("13.0", "PyTorch finds no GPU, or no driver")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        for ask in (place_of, describe_device):
+            with pytest.raises(UnsupportedError, match=why) as caught:
+                ask(load_target("cuda:sm_90"))
+            assert "`einfall explain`, `compile` and `check` need none" in str(caught.value)
+    with pytest.raises(UnsupportedError, match="no device for hip:gfx942\n"):
+        describe_device(load_target("hip:gfx942"))
+
+
+@pytest.mark.parametrize(("capability", "target"), [((8, 0), "cuda:sm_90"), ((9, 0), "cuda:sm_100"), ((10, 0), "cuda:sm_90+tvm")])
+def test_a_gpu_that_does_not_run_what_is_built_is_refused_before_anything_is_measured(gpu, monkeypatch, capability, target):
+    properties = SimpleNamespace(name="GPU", major=capability[0], minor=capability[1], multi_processor_count=100, total_memory=1 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    with pytest.raises(UnsupportedError, match="the GPU of this machine is sm_.* where kernels for " + re.escape(target)):
+        describe_device(load_target(target))
+    assert describe_device(load_target("cuda:sm_80")).arch == f"sm_{capability[0]}{capability[1]}"
 
 
 def test_tensors_move_with_the_memory_around_them():
