@@ -91,7 +91,8 @@ class Lookup:
             if known is not None:
                 return known[2]
         with self._lock:
-            self._refresh()
+            if time.monotonic() - self._checked >= TRUST_SECONDS or self._owner != os.getpid():
+                self._refresh()
             known = self._memo.get(key)
             if known is None:
                 if len(self._memo) >= MAX_MEMO:

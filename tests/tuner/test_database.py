@@ -298,6 +298,26 @@ def test_the_database_of_another_application_is_refused_and_left_alone(path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("sql", "kind"),
+    [
+        ("ALTER TABLE best RENAME TO hidden; CREATE VIEW best AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) "
+         "SELECT x AS workload, x AS device FROM n", "view"),
+        ("CREATE TRIGGER t AFTER INSERT ON measurement BEGIN DELETE FROM measurement; END", "trigger"),
+        ("CREATE VIRTUAL TABLE f USING fts5(x)", "virtual table"),
+    ],
+)  # fmt: skip
+def test_a_file_with_something_that_would_run_is_refused(path, sql, kind):
+    """An endless view in the place of a table would hang the call of a kernel."""
+    Database.open(path, create=True).close()
+    with sqlite3.connect(path) as connection:
+        connection.executescript(sql)
+    connection.close()
+    for options in ({}, {"read_only": True}):
+        with pytest.raises(DatabaseError, match=f"has the {kind}"):
+            Database.open(path, **options)
+
+
 def test_a_newer_schema_is_refused(path):
     Database.open(path, create=True).close()
     edit(path, f"PRAGMA user_version = {schema.SCHEMA_VERSION + 1}")

@@ -21,6 +21,10 @@ from ...ir.errors import DatabaseError
 APPLICATION_ID = 0x45494E46  # "EINF"
 SCHEMA_VERSION = 2
 BUSY_SECONDS = 30.0
+_ACTIVE = (
+    "SELECT CASE WHEN type = 'table' THEN 'virtual table' ELSE type END, name FROM sqlite_master "
+    "WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%' LIMIT 1"
+)
 
 def open_for_writing(path: Path, *, create: bool) -> sqlite3.Connection:
     """A connection that may write, its file created or brought up to date. Raises `DatabaseError` saying what to do."""
@@ -85,6 +89,7 @@ def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bo
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        active = connection.execute(_ACTIVE).fetchone()
     if application != APPLICATION_ID:
         if application == 0 and version == 0 and tables == 0:
             if may_be_empty:
@@ -101,6 +106,9 @@ def check_header(connection: sqlite3.Connection, path: Path, *, may_be_empty: bo
             f"{path} has schema {version}, from an earlier einfall",
             hint=f"`einfall db gc --db {path}` brings it up to date; so does the next tuning run",
         )
+    if active is not None:
+        what = f"{path} has the {active[0]} {str(active[1])[:60]!r}: a tuning database has none, for it would run when the file is read"
+        raise DatabaseError(what, hint="drop it with sqlite3 if it is yours, or take the file from another source")
     if version < 1 or tables == 0:
         raise DatabaseError(f"{path} is a tuning database without its tables", hint="restore it from a copy, or remove it and tune again")
 
