@@ -116,9 +116,9 @@ def _imported(path: Path, entry: str) -> Any:
 
 def _launch(kernel: Any, path: Path, signature: Signature, tensors: Sequence[torch.Tensor], scalars: Sequence[float], most: int) -> None:
     """Runs every program of a launch, one after the other."""
-    from .interpreter_fixes import Memory, it
+    from . import interpreter_fixes as fixes
 
-    builder = it.interpreter_builder
+    builder = fixes.it.interpreter_builder
     _check(signature, tensors, scalars)
     shapes, strides = [t.shape for t in tensors], [t.stride() for t in tensors]
     extents = signature.extents(shapes)
@@ -127,7 +127,7 @@ def _launch(kernel: Any, path: Path, signature: Signature, tensors: Sequence[tor
     if count == 0:
         return
     addresses = [t.data_ptr() for t in tensors]
-    memory = Memory.of([t.name for t in signature.tensors], addresses, [_span(t) for t in tensors])
+    memory = fixes.Memory.of([t.name for t in signature.tensors], addresses, [_span(t) for t in tensors])
     types = signature.types(signature.variant(addresses, shapes, strides))
     place = {t.name: i for i, t in enumerate(signature.tensors)}
     numbers = dict(zip(signature.scalars, scalars, strict=True))
@@ -169,18 +169,18 @@ def _span(t: torch.Tensor) -> int:
 
 def _argument(kind: str, value: int | float) -> Any:
     """A value of one of Triton's types, as the kernel is given it on a device."""
-    from .interpreter_fixes import Handle, it, round_to_bf16, tl
+    from . import interpreter_fixes as fixes
 
-    dtype = tl.str_to_ty(kind, None)
-    if dtype == tl.bfloat16:
-        data = round_to_bf16(np.array([value], np.float32))
+    dtype = fixes.tl.str_to_ty(kind, None)
+    if dtype == fixes.tl.bfloat16:
+        data = fixes.round_to_bf16(np.array([value], np.float32))
     elif dtype.is_ptr():
         data = np.array([value], np.uint64)
     else:
-        data = np.array([value]).astype(it._get_np_dtype(dtype))
+        data = np.array([value]).astype(fixes.it._get_np_dtype(dtype))
         if dtype.is_int() and int(data[0]) != value:
             raise BindingError(f"{value} is no {kind}")
-    return tl.tensor(Handle(data, dtype), dtype)
+    return fixes.tl.tensor(fixes.Handle(data, dtype), dtype)
 
 
 def _failure(error: Exception, path: Path, entry: str) -> BuildError:

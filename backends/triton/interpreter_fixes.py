@@ -29,6 +29,7 @@ from triton.runtime import interpreter as it
 
 from ...ir.errors import UnsupportedError
 
+__all__ = ["Handle", "Memory", "install", "installed", "it", "round_to_bf16", "tl"]
 TRIED = "3.6.0, 3.7.1 and 3.9.0"
 Array = Any  # a numpy array; numpy's own types say nothing of values that change their type
 Handle = it.TensorHandle

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ...ir.errors import UnsupportedError
 from ...ir.expr import Expr
 from ...ir.tile import Reduce, Scan
-from ...ir.types import DType, boolean, i32
+from ...ir.types import DType, boolean, f32, i32
 from . import script as ts
 from .evaluate import IDENTITIES, Evaluator
 from .kernel import Digits, Mask
@@ -77,10 +77,11 @@ class Reductions(Evaluator):
         if len(node.over) != 1 or len(axes) > 1 or (axes and len(self.axes.named(axes[0]).ranks) > 1):
             raise UnsupportedError(f"{node.op} over {', '.join(node.over)}", statement=node.dst, hint="over one rank")
         rank = node.over[0]
-        worst = ts.constant(float("-inf" if node.op == "argmax" else "inf"))
         if not axes:
-            return self._place_of_digits(node, rank, digits)
-        x = self.held(self.computed(self.value(node.expr, digits)), "float32")
+            found = self._place_of_digits(node, rank, digits)
+            return found if rank in self.digit_sizes else ts.add(self.start(rank), found, self.order)
+        x = self._compared(node, digits)
+        worst = ts.constant(self._identity(node.op[3:], x.dtype))
         wide_axes = ts.union([*x.axes, *axes], self.order)
         wide = self.expanded(x, wide_axes, self.shape(wide_axes))
         always = self.holds(axes).always
@@ -90,11 +91,17 @@ class Reductions(Evaluator):
         found = Value(f"tl.{node.op}({whole.text}, {place})", "int32", i32, rest)
         return ts.add(self.start(rank), found, self.order)
 
+    def _compared(self, node: Reduce, digits: Digits) -> Value:
+        """What an extreme is looked for among: floats in f32, integers as they are."""
+        x = self.computed(self.value(node.expr, digits))
+        t = x.dtype if x.dtype.is_integer else f32
+        return replace(self.held(x, held_type(t)), dtype=t)
+
     def _place_of_digits(self, node: Reduce, rank: str, digits: Digits) -> Value:
         best: Value | None = None
         place: Value = ts.constant(0)
         for k in range(self.digit_sizes.get(rank, 1)):
-            x = self.held(self.computed(self.value(node.expr, {**digits, rank: k})), "float32")
+            x = self._compared(node, {**digits, rank: k})
             if best is None:
                 best, place = x, ts.constant(0)
                 continue

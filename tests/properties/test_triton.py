@@ -13,6 +13,7 @@ import pytest
 import torch
 from cascades import CASES, Case, make_inputs, traced
 from einfall.compiler.interpreted import interpreted
+from einfall.compiler.trace import trace
 from einfall.ir.binding import bind_sizes
 from einfall.schedules.target import load_target
 from einfall.tuner.verify import expectations
@@ -190,6 +191,18 @@ def test_empty_extents(name):
         for x in results(executable(name, ef.f32, 16)(*make_inputs(case, sizes, 1).values(), **case.scalars)):
             assert (x.numel() > 0) == (rank == case.reduced)
             torch.testing.assert_close(x, torch.full_like(x, NOTHING[name]), equal_nan=True)
+
+
+@pytest.mark.parametrize("tile", [1, 16])
+@pytest.mark.parametrize("dtype", [ef.f32, ef.i32, ef.i8], ids=str)
+def test_places_of_extremes_of_every_type_and_in_tiles_of_one(dtype, tile):
+    x = torch.randint(-50, 50, (5, 33), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    x = x.to({"f32": torch.float32, "i32": torch.int32, "i8": torch.int8}[dtype.name])
+    cascade = trace(BY_NAME["best"].function, dtypes={"X": dtype})
+    schedule = ef.Schedule.from_dict({"tile": {"m": 2, "p": tile}})
+    value, place = interpreted(cascade, sizes={"m": 5, "p": 33}, target=SM90, schedule=schedule)(x)
+    assert torch.equal(value, x.amax(1))
+    assert torch.equal(place.long(), (x == value[:, None]).int().argmax(1))
 
 
 # random cascades ----------------------------------------------------------------------------------------------------------------------
