@@ -93,6 +93,7 @@ class Contractions(Reductions):
         """The product of all pairs, and its sum."""
         x, y = (replace(self.held(v, "float32"), dtype=f32) for v in (a, b))
         axes = ts.union([*x.axes, *y.axes, *summed], self.order)
+        self.check_lanes(axes)
         both = self.infix("*", x, y, "float32", f32)
         wide = self.expanded(both, axes, self.shape(axes))
         result = replace(self.fold("sum", wide, summed), clean=frozenset())

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
+from math import prod
 from typing import Literal
 
-from ...ir.errors import UnsupportedError
+from ...ir.errors import ScheduleError, UnsupportedError
 from ...ir.expr import Const, Count, Expr, Extent, Index, Op, Read, Seen, Start, Tile, walk
 from ...ir.tile import Loop, TileProgram
 from ...ir.types import DType
@@ -22,6 +23,7 @@ from .axes import Axes, Axis
 from .script import Assign, Names, Statement, Value
 from .signature import Parameter
 
+MOST_LANES = 1 << 20  # of a tensor in Triton
 SHORT = 40  # characters of an expression that may stand twice
 Edge = Literal["never", "some", "always"]
 
@@ -111,6 +113,14 @@ class Kernel(Arithmetic):
         """The inner one of two scopes."""
         return next(s for s in reversed(self.scopes) if s is a or s is b)
 
+    def check_lanes(self, axes: tuple[str, ...]) -> None:
+        """Raise `ScheduleError` for a tensor of more lanes than Triton has."""
+        lanes = prod(self.axes.lanes(axes))
+        if lanes > MOST_LANES:
+            ranks = ", ".join(rank for name in axes for rank in self.axes.named(name).ranks)
+            what = f"{self.statement} of kernel {self.program.name} is a tile of {lanes} elements over {ranks}, and Triton has {MOST_LANES} at most"
+            raise ScheduleError(what, hint=f"smaller tiles of {ranks}")
+
     def define(self, wanted: str, v: Value, scope: Scope, key: object = None) -> Value:
         """`v` under a name in a scope; under `key` only once."""
         if key is not None:
@@ -120,6 +130,7 @@ class Kernel(Arithmetic):
         if v.number is not None or v.text.isidentifier():
             named = v
         else:
+            self.check_lanes(v.axes)
             name = self.names.fresh(wanted)
             scope.lines.append(Assign(name, v.text))
             named = replace(v, text=name, binding=ts.ATOM)

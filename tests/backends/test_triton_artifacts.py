@@ -87,6 +87,11 @@ def test_what_does_not_fit_is_refused_by_name_and_number():
         compiled("causal", "cuda:sm_80", schedule)
 
 
+def test_a_tile_that_triton_has_not_is_refused_before_anything_is_built():
+    with pytest.raises(ef.ScheduleError, match=r"is a tile of \d+ elements over .*, and Triton has 1048576 at most"):
+        compiled("causal", "cuda:sm_90", Schedule.make(tile={"m": 2048, "p": 2048}))
+
+
 TEXTS = {"causal": "cuda:sm_90", "layer_matmul": "cuda:sm_80", "best": "cuda:sm_90"}
 
 
