@@ -38,7 +38,8 @@ MAX_MEMO = 8192
 MAX_FAMILY = 20_000
 MAX_WARNINGS = 20
 
-_EXACT = "SELECT schedule, schedule_json FROM best WHERE workload = ? AND device = ? AND toolchain = ? ORDER BY preference LIMIT 1"
+# beside min(), SQLite gives the other columns of the row that has it, and NULL without a row: no sorting for one or two rows
+_EXACT = "SELECT schedule, schedule_json, min(preference) FROM best WHERE workload = ? AND device = ? AND toolchain = ?"
 _FAMILY = (
     "SELECT workload, extents, schedule, schedule_json FROM best WHERE family = ? AND device = ? AND toolchain = ? "
     f"AND relative <= {1 + MAX_TIE} ORDER BY preference, workload LIMIT {MAX_FAMILY}"
@@ -196,7 +197,7 @@ class Lookup:
     def _exact(self, connection: sqlite3.Connection, key: _Key, extents: tuple[tuple[str, int], ...]) -> Found | None:
         workload = workload_id(key.family, extents_text(extents))
         row = connection.execute(_EXACT, (workload, key.device, key.toolchain)).fetchone()
-        if row is None:
+        if row[0] is None:
             return None
         try:
             return Found(_schedule(row[1], row[0], self._schedules), "exact", workload)
