@@ -216,7 +216,8 @@ class Arithmetic:
             case "floordiv" | "mod":
                 if known and b.number is not None and b.number > 0:
                     return self._whole("//" if name == "floordiv" else "%", a, b)
-                return self.helper("floor_div" if name == "floordiv" else "floor_mod", self._tensor(a), self._tensor(b), type=a.type, dtype=t)
+                function = "floor_div" if name == "floordiv" else "floor_mod"
+                return self.helper(function, self._tensor(a), self._tensor(b), type=a.type, dtype=t)
             case "not":
                 if t.kind == "bool":
                     return self.infix("==", self.held(a, "int32"), ts.constant(0))
@@ -260,7 +261,8 @@ class Arithmetic:
             return ts.constant(int(a.number) << int(b.number) if name == "shl" else int(a.number) >> int(b.number))
         if b.number is not None and 0 <= b.number < t.bits:
             return a if b.number == 0 else self.infix("<<" if name == "shl" else ">>", a, ts.constant(int(b.number)), a.type, t)
-        return self.helper("shift_left" if name == "shl" else "shift_right", self._tensor(a), self._tensor(b), str(t.bits), type=a.type, dtype=t)
+        function = "shift_left" if name == "shl" else "shift_right"
+        return self.helper(function, self._tensor(a), self._tensor(b), str(t.bits), type=a.type, dtype=t)
 
     def _four_bits(self, v: Value, t: DType) -> Value:
         """Four-bit integers are computed in eight, and wrap around."""

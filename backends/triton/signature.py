@@ -168,9 +168,10 @@ class Signature:
         size = dtype_named(t.dtype).bytes
         odd = [i for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if n > 1 and i < len(shape) - 1 and s * size % ALIGNED]
         if pointer % ALIGNED or odd:
-            what = f"starts at an address that is no multiple of {ALIGNED} bytes" if pointer % ALIGNED else f"has a stride of {strides[odd[0]]}"
+            start = f"starts at an address that is no multiple of {ALIGNED} bytes"
+            what = start if pointer % ALIGNED else f"has a stride of {strides[odd[0]]}"
             raise BindingError(
-                f"{t.name} {what}, and the schedule of {self.entry} fetches it by tensor descriptors, which need multiples of {ALIGNED} bytes",
+                f"{t.name} {what}, and {self.entry} fetches it by tensor descriptors, which need multiples of {ALIGNED} bytes",
                 hint=f"{t.name}.contiguous(), or a schedule without descriptors",
             )
 

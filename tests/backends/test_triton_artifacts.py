@@ -22,7 +22,9 @@ def grouped(Q: "b (g r) m e", K: "b g p e", V: "b g p f", *, scale: float) -> "b
 
 
 @ef.kernel
-def nibbles(Q: "b (g r) m (s=2 c j=32)", K: "b g p (c j)", Ks: "b g p (s c)", V: "b g p (d k=32)", Vs: "b g p (t=2 d)") -> "b (g r) m (t d k)":
+def nibbles(
+    Q: "b (g r) m (s=2 c j=32)", K: "b g p (c j)", Ks: "b g p (s c)", V: "b g p (d k=32)", Vs: "b g p (t=2 d)"
+) -> "b (g r) m (t d k)":  # fmt: skip
     """The same over packed four-bit values with a scale for every 32."""
     X = ((K.to(ef.i32) >> (4 * ef.index("s"))) & 15).to(ef.f32) * Ks.to(ef.f32)
     Y = ((V.to(ef.i32) >> (4 * ef.index("t"))) & 15).to(ef.f32) * Vs.to(ef.f32)
