@@ -58,9 +58,12 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Key:
+    """What a look-up goes by beside the extents; `ranks` are those of the inputs if no extent follows from another."""
+
     family: str
     device: str
     toolchain: str
+    ranks: tuple[str, ...] | None
 
 
 class Lookup:
@@ -174,8 +177,12 @@ class Lookup:
             return None
         try:
             key = self._key(cascade, target, dtypes)
-            extents = extents_of(cascade, sizes)
+            ranks = key.ranks
+            extents = extents_of(cascade, sizes) if ranks is None else tuple([(rank, sizes[rank]) for rank in ranks])
             return self._exact(connection, key, extents) or self._family(connection, key).nearest(extents, self._schedules)
+        except KeyError as error:
+            self.problem = f"no extent given for rank {error.args[0]}"
+            return None
         except EinfallError as error:  # the call itself: its own check says so better than a warning
             self.problem = str(error)
             return None
@@ -190,7 +197,8 @@ class Lookup:
             if len(self._keys) >= MAX_MEMO:
                 self._keys.clear()
             family = family_of(with_dtypes(cascade, dtypes or {}))
-            known = (cascade, target, _Key(family, describe_device(target).id, describe_toolchain(target).id))
+            ranks = None if cascade.ranks else tuple(sorted({rank for tensor in cascade.inputs for rank in tensor.ranks}))
+            known = (cascade, target, _Key(family, describe_device(target).id, describe_toolchain(target).id, ranks))
             self._keys[name] = known
         return known[2]
 
