@@ -23,11 +23,12 @@ from ..ir.errors import BuildError, EinfallError, ScheduleError, UnsupportedErro
 from ..ir.infer import declared_types
 from ..ir.plan import KernelPlan, LibraryPlan, LoopPlan, Plan
 from ..ir.tile import TileProgram, kernel_tiles
-from ..schedules.default import default_schedule, default_split, streams_stretches
+from ..schedules.default import default_schedule
 from ..schedules.fit import TooLarge, roomier, smaller
 from ..schedules.schedule import Schedule
 from ..schedules.target import Target, load_target
 from .cache import DiskCache, key_of, package_fingerprint
+from .default_plan import default_plan
 from .executable import Executable
 from .parts import Call, LibraryPart, LoopPart, Part
 from .store import executable_of, manifest, toolchain
@@ -245,13 +246,9 @@ def lower_cascade(order: Order, schedule: Schedule | None = None) -> Lowered:
 
     if current().debug:
         _trace_passes(order.cascade, order.sizes)
-    plan = make_plan(order.cascade, order.sizes, **(schedule or Schedule()).plan)
-    split = default_split(plan, order.sizes, order.target) if schedule is None else {}
-    cut = make_plan(order.cascade, order.sizes, split=split) if split else plan
-    if split and streams_stretches(cut, split, order.sizes):
-        plan = cut
-        schedule = replace(default_schedule(plan, order.sizes, order.target), split=tuple(sorted(split.items())))
-    return lower_plan(order, plan, schedule)
+    if schedule is None:
+        return lower_plan(order, *default_plan(order.cascade, order.sizes, order.target))
+    return lower_plan(order, make_plan(order.cascade, order.sizes, **schedule.plan), schedule)
 
 
 def lower_plan(order: Order, plan: Plan, schedule: Schedule | None) -> Lowered:

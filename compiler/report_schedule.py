@@ -12,13 +12,13 @@ from typing import Any
 
 from ..ir.cascade import Cascade
 from ..ir.plan import KernelPlan, Plan
-from ..schedules.default import default_split
 from ..schedules.footprint import Footprint
 from ..schedules.gpu import fitting_options
 from ..schedules.roles import kernel_roles
 from ..schedules.schedule import Schedule
 from ..schedules.space_gpu import shared_bytes
 from ..schedules.target import SECOND, Target
+from .default_plan import default_plan
 from .search_space import derive_variant
 
 SCHEDULED = ("cuda", "hip")
@@ -101,7 +101,7 @@ def scheduled(cascade: Cascade, plan: Plan, sizes: Mapping[str, int], target: Ta
     """The default schedule of a GPU target; None for other targets. Raises what lowering raises."""
     if target.kind not in SCHEDULED:
         return None
-    variant = derive_variant(cascade, Schedule.make(split=default_split(plan, sizes, target)), sizes, target)
+    variant = derive_variant(cascade, Schedule(split=default_plan(cascade, sizes, target, plan)[1].split), sizes, target)
     known = variant.plan.cascade.solve_sizes(sizes)
     kernels = zip(variant.plan.kernels, variant.footprints, strict=True)
     return ScheduleReport(

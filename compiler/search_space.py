@@ -13,12 +13,13 @@ from typing import TypeAlias
 from ..ir.cascade import Cascade
 from ..ir.plan import Plan
 from ..ir.tile import Dot, TileProgram
-from ..schedules.default import default_schedule, default_split
+from ..schedules.default import default_schedule
 from ..schedules.footprint import footprint, nodes_of
 from ..schedules.schedule import Schedule
 from ..schedules.space import Space, schedule_space
 from ..schedules.space_gpu import GpuSpace, Variant, gpu_space
 from ..schedules.target import SECOND, Target
+from .default_plan import default_plan
 from .lower import lower
 from .passes import make_plan
 
@@ -30,14 +31,14 @@ def search_space(cascade: Cascade, sizes: Mapping[str, int], target: Target, *, 
 
     `tf32` admits products of f32 with ten mantissa bits. Raises what planning and lowering the default raise.
     """
-    plan = make_plan(cascade, sizes)
+    plan, default = default_plan(cascade, sizes, target)
     if target.kind == "cpu":
-        return schedule_space(plan, sizes, target), default_schedule(plan, sizes, target)
+        return schedule_space(plan, sizes, target), default
 
     def derive(choices: Schedule) -> Variant:
         return derive_variant(cascade, choices, sizes, target)
 
-    space = gpu_space(derive, Schedule.make(split=default_split(plan, sizes, target)), sizes, target, tf32=tf32)
+    space = gpu_space(derive, Schedule(split=default.split), sizes, target, tf32=tf32)
     return space, space.default
 
 

@@ -102,7 +102,7 @@ class Branch:
                 case "option":
                     options.setdefault(kernel, {})[field] = choice
                 case "block" if choice is not None:
-                    dots[field] = DotSchedule(k_block=choice)
+                    dots[axis.key] = DotSchedule(k_block=choice)
                 case _:
                     pass
         point = replace(self.base, tile=_sorted(tile), dot=_sorted(dots), grid_order=order)
@@ -139,14 +139,21 @@ class Branch:
             kernel, _, field = axis.key.rpartition("/")
             match axis.kind:
                 case "tile":
-                    found.append(dict(point.tile).get(axis.key, dict(self.base.tile).get(axis.key)))
+                    found.append(self._tile(point, axis.key))
                 case "grid_order":
                     found.append(point.grid_order)
                 case "option":
                     found.append(getattr(self.options(point, named[kernel]), field))
                 case _:
-                    found.append(dict(point.dot).get(field, DotSchedule()).k_block)
+                    found.append(dict(point.dot).get(axis.key, DotSchedule()).k_block)
         return tuple(found)
+
+    def _tile(self, point: Schedule, key: str) -> int | None:
+        """The tile that an axis is about: what a kernel says of its own rank goes before what is said of the rank."""
+        owner, _, rank = key.rpartition(".")
+        kernels = [k.plan for k in self.kernels if rank in k.ranks and owner in ("", k.plan.name)]
+        found = next((n for k in kernels if (n := tile_of(point, k, rank)) is not None), None)
+        return dict(self.base.tile).get(key) if found is None else found
 
     def fits(self, point: Schedule) -> bool:
         """Whether nothing says that a kernel does not fit. The default is tried, whatever is estimated."""
@@ -223,6 +230,15 @@ class GpuSpace:
         found = list(own.neighbours(point))
         found += [p for branch in self.branches if branch is not own and branch.fits(p := branch.like(point, own))]
         return list(dict.fromkeys(found))
+
+    def nearest(self, point: Schedule) -> Schedule:
+        """The point that says what `point` does, in the space's words; `point` itself where there is none."""
+        branch = self.branch_of(point)
+        if branch is None:
+            return point
+        choices = branch.choices_of(point)
+        known = all(choice in axis.choices for axis, choice in zip(branch.axes, choices, strict=True))
+        return branch.point(choices) if known else point
 
     def branch_of(self, point: Schedule) -> Branch | None:
         """The branch with the point's choices of the plan."""
@@ -368,7 +384,7 @@ def _block_axes(kernel: _Kernel, variant: Variant) -> Iterator[Axis]:
     """Blocks other than the default, which is one block up to `WHOLE` elements and blocks of `BLOCKED` beyond."""
     for owner, name, _, size in variant.blocks:
         if owner == kernel.plan.name:
-            yield Axis("block", f"{owner}/{name}", (None, *(n for n in BLOCKS if n < size and (n != BLOCKED or size <= WHOLE))))
+            yield Axis("block", name, (None, *(n for n in BLOCKS if n < size and (n != BLOCKED or size <= WHOLE))))
 
 
 def shared_bytes(takes: Footprint, options: KernelOptions, target: Target, tile: Mapping[str, int] = {}) -> int:

@@ -215,6 +215,7 @@ def tune(
     cascade = with_dtypes(cascade, dtypes or {})
     machine = load_target(target) if isinstance(target, str) else target
     full = complete_sizes(cascade, {r: n for r, n in sizes.items() if r in {x for t in cascade.inputs for x in t.ranks}})
+    describe_device(machine)  # refused before anything is derived or built
     if space is None or default is None:
         found_space, found_default = plan_space(cascade, full, machine)
         space, default = space if space is not None else found_space, default if default is not None else found_default
@@ -234,10 +235,18 @@ def tune(
 
 
 def plan_space(cascade: Cascade, sizes: Mapping[str, int], target: Target) -> tuple[Any, Schedule]:
-    """The schedules that the plan of `cascade` allows on `target`, and the default among them."""
+    """The schedules that the plan of `cascade` allows on `target`, and the default among them.
+
+    On a GPU the default is what a call gets: it is built, and made smaller where the target has no room for it.
+    """
     from ..compiler.search_space import search_space  # loads the algebra system
+    from ..schedules.space_gpu import GpuSpace
 
     space, default = search_space(cascade, sizes, target)
+    if isinstance(space, GpuSpace):
+        from ..compiler.driver import compile_cascade
+
+        default = space.nearest(compile_cascade(cascade, sizes=sizes, target=target).schedule)
     return described(space, cascade, sizes, target), default
 
 

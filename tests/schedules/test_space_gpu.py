@@ -189,9 +189,8 @@ def test_deep_products_have_blocks_and_short_ones_are_held():
     deep = next(a for b in space_of("cross_entropy").branches for a in b.axes if a.kind == "block")
     assert deep.choices == (None, 32, 128)
     branch = space_of("cross_entropy").branches[0]
-    name = deep.key.partition("/")[2]
     for k in (None, 32, 128):
-        source = lowered("cross_entropy", chosen(branch, **{name: k})).sources[0].text
+        source = lowered("cross_entropy", chosen(branch, **{deep.key: k})).sources[0].text
         assert f"B_e = tl.constexpr({k or 64})" in source
     held = next(a for b in space_of("plain").branches for a in b.axes if a.kind == "block")
     assert held.choices == (None, 32, 64), "128 are held at once"
@@ -256,6 +255,21 @@ def test_a_schedule_of_elsewhere_has_no_neighbours():
     assert len(space.features(Schedule.make(split={"p": 3}))) == len(space.features(space.default))
     by_hand = Schedule.make(tile={"m": 48}, kernel={"plain": KernelOptions(warps=4)})  # of the space's plan, and no point of it
     assert all(space.branch_of(p) is not None for p in space.neighbours(by_hand)) and len(space.neighbours(by_hand)) > 5
+
+
+def test_a_default_that_was_made_smaller_is_found_in_the_space():
+    """A kernel's own tile, and fewer tiles in flight, are what a build writes down when there was no room."""
+    space = space_of("plain")
+    branch, half = space.branches[0], dict(space.default.tile)["m"] // 2
+    options = branch.default_options(space.default, branch.kernels[0])
+    fewer = KernelOptions(warps=options.warps, precision=options.precision)
+    smaller = Schedule.make(tile={**dict(space.default.tile), "plain.m": half}, kernel={"plain": fewer})
+    found = space.nearest(smaller)
+    assert dict(found.tile)["m"] == half and "plain.m" not in dict(found.tile)
+    assert [s.text for s in lowered("plain", found).sources] == [s.text for s in lowered("plain", smaller).sources]
+    assert space.nearest(space.default) == space.default
+    for elsewhere in (Schedule.make(split={"p": 3}), Schedule.make(tile={"m": 48})):
+        assert space.nearest(elsewhere) == elsewhere
 
 
 # the second emitter -------------------------------------------------------------------------------------------------------------------
