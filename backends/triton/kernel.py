@@ -119,7 +119,8 @@ class Kernel(Arithmetic):
         if lanes > MOST_LANES:
             ranks = ", ".join(rank for name in axes for rank in self.axes.named(name).ranks)
             place = f"{self.statement} of kernel {self.program.name}"
-            raise ScheduleError(f"{place} is a tile of {lanes} elements over {ranks}, and Triton has {MOST_LANES} at most", hint=f"smaller tiles of {ranks}")
+            what = f"{place} is a tile of {lanes} elements over {ranks}, and Triton has {MOST_LANES} at most"
+            raise ScheduleError(what, hint=f"smaller tiles of {ranks}")
 
     def define(self, wanted: str, v: Value, scope: Scope, key: object = None) -> Value:
         """`v` under a name in a scope; under `key` only once."""
