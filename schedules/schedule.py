@@ -64,6 +64,7 @@ class KernelOptions:
         stages: tiles of a loop in flight; 1 loads what it needs when it needs it.
         edge: `split` runs tiles that lie wholly inside the domain in a loop without masks, `mask` masks all tiles alike.
         persistent: whether as many programs as fit the machine loop over the tasks.
+        loads: `late` reads a tile of the stream where it is used first, `first` reads all of them at the head of the loop.
         descriptors: whether tiles of two axes, one of them contiguous, are fetched whole by the copy engine, by tensor descriptors.
         warp_specialize: whether some warps fetch while others compute; for loops whose loads all have descriptors.
         precision: of matrix products of f32: `ieee` has no matrix unit, `tf32x3` three products on it, `tf32` one of ten mantissa bits.
@@ -73,6 +74,7 @@ class KernelOptions:
     stages: int = 2
     edge: Literal["split", "mask"] = "split"
     persistent: bool = False
+    loads: Literal["late", "first"] = "late"
     descriptors: bool = False
     warp_specialize: bool = False
     precision: Literal["ieee", "tf32", "tf32x3"] = "ieee"
@@ -253,7 +255,7 @@ def _group(value: object, what: str) -> GroupSchedule:
     return GroupSchedule(None if lane is None else _name(lane), None if unroll is None else _size(unroll, f"{what}.unroll"))
 
 
-CHOICES = {"edge": ("split", "mask"), "precision": ("ieee", "tf32", "tf32x3")}
+CHOICES = {"edge": ("split", "mask"), "loads": ("late", "first"), "precision": ("ieee", "tf32", "tf32x3")}
 SWITCHES = ("persistent", "descriptors", "warp_specialize")
 MAX_WARPS, MAX_STAGES = 32, 8
 

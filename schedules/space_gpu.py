@@ -369,6 +369,7 @@ def _option_axes(base: Schedule, kernel: _Kernel, roles: Roles, sizes: Mapping[s
         if takes.loops:
             found["stages"] = STAGES
             found["edge"] = ("split", "mask")
+            found["loads"] = ("late", "first")
         if tasks > target.cores:
             found["persistent"] = (False, True)
         if takes.precise and "tf32" in target.features:

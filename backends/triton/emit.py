@@ -6,7 +6,7 @@ import pprint
 from dataclasses import replace
 
 from ...ir.errors import UnsupportedError
-from ...ir.expr import Const, Extent, Start, reads, walk
+from ...ir.expr import Const, Extent, Read, Start, Tile, reads, walk
 from ...ir.infer import expression_ranks
 from ...ir.text import print_node, print_program, program_ranks
 from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Scan, Store, TileProgram, body_expressions, kernel_tiles
@@ -230,6 +230,8 @@ class Emitter(Contractions):
             low = self._named("begin", ts.greatest(self.value(loop.bounds.begin, {}), ts.constant(0)))
         scope = Scope(loop=loop, start=start, edge=edge, low=low, high=None if trivial else last)
         self.scopes.append(scope)
+        if self.options.loads == "first":
+            self._load_first(loop)
         for node in loop.body:
             self.node(node)
         self._yield(loop, states)
@@ -251,6 +253,17 @@ class Emitter(Contractions):
         this, after = ("edge", "edge + 1") if begins_whole else ("edge + 1", "edge + 2")
         inner = For(start.text, f"tl.range({name}[{this}], {name}[{after}], {step}{stages})", scope.lines)
         outer.lines.append(For("edge", f"tl.static_range({-before}, 2)" if before else "tl.static_range(2)", [inner]))
+
+    def _load_first(self, loop: Loop) -> None:
+        """Reads what a pass of the loop needs from memory, wherever that is known before anything is computed."""
+        own = tuple(node for node in loop.body if not isinstance(node, Loop))
+        inputs = {t.name for t in self.program.inputs}
+        for read in dict.fromkeys(r for e in body_expressions(own) for r in reads(e) if r.tensor in inputs):
+            ranks = tuple(dict.fromkeys(r for c in read.coords for r in expression_ranks(c)))
+            known = not any(isinstance(n, (Tile, Read)) for c in read.coords for n in walk(c))
+            if known and loop.rank in ranks:
+                for digits in self.combinations(ranks):
+                    self.load(read, digits, read.tensor.lower())
 
     def _is_lanes(self, loop: Loop) -> bool:
         axis = self.axes.of(loop.rank)

@@ -94,6 +94,16 @@ def test_a_tile_that_triton_has_not_is_refused_before_anything_is_built():
         compiled("causal", "cuda:sm_90", Schedule.make(tile={"m": 2048, "p": 2048}))
 
 
+def test_tiles_of_the_stream_are_read_at_the_head_of_the_loop_where_the_schedule_says_so():
+    case = BY_NAME["causal"]
+    order = Order(traced(case, ef.bf16), dict(case.sizes), load_target("cuda:sm_90"), frozenset())
+    late, first = (
+        lower_cascade(order, Schedule.make(kernel={"causal": KernelOptions(loads=loads)})).sources[0].text for loads in ("late", "first")
+    )
+    assert late.index("tl.dot(") < late.index("v = tl.load(") and first.index("v = tl.load(") < first.index("tl.dot(")
+    assert late.count("tl.load(") == first.count("tl.load(")
+
+
 TEXTS = {"causal": "cuda:sm_90", "layer_matmul": "cuda:sm_80", "best": "cuda:sm_90"}
 
 
