@@ -26,14 +26,15 @@ def storing_streams(cascade: Cascade, kernel: KernelPlan) -> dict[str, int]:
     """For each output along the stream the number of the kernel's stream that stores it.
 
     It is the first that visits every element, once no reduction of its own or of a later one is needed; else one after all stages.
-    What the kernel alone reads back is stored in the first.
+    What the kernel alone reads back need not be stored where the stream does not go.
     """
     depends, ranks = dependencies(cascade), cascade.tensor_ranks()
     found = {}
     for name in kernel.outputs:
         if kernel.stream not in ranks[name]:
             continue
-        able = (s.index for s in kernel.stages if name in kernel.kept or not (s.domain.predicates or _open(kernel, s) & depends[name]))
+        closed = [s for s in kernel.stages if not _open(kernel, s) & depends[name]]
+        able = (s.index for s in closed if name in kernel.kept or not s.domain.predicates)
         found[name] = next(able, len(kernel.stages))
     return found
 

@@ -309,3 +309,11 @@ def test_a_group_that_is_no_number_is_felt_in_its_row_alone():
     for kernel in (int4_h2o.decode.reference, int4_h2o.decode):
         O, S = kernel(Q, Kp, Ks, Kz, Vp, Vs, Vz, torch.tensor([6, 6], dtype=torch.int32))
         assert O[0].isnan().all() and S[0].isnan().all() and O[1].isfinite().all() and S[1].isfinite().all()
+
+
+def test_what_a_kernel_keeps_is_stored_once_the_statistics_it_needs_are_there():
+    step = next(s for s in defensivekv.RECIPE.steps if s.name == "score")
+    extents = dict.fromkeys(("b", "g", "r", "e", "f", "d"), 1) | {"w": 3, "p": 4}
+    tensors = step.tensors(0, {**step.sizes, **extents})
+    with ef.configure(database=None):
+        assert not step.compare(step.kernel(*tensors, **step.arguments()), tensors)
