@@ -16,7 +16,7 @@ from ..ir.errors import BuildError, EinfallError
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TVM_THREAD_POOL_SPIN_COUNT": "1000"}
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _COMMANDS = {
-    "explain": "kernels", "compile": "kernels", "tune": "tuning", "bench": "measuring", "check": "measuring",
+    "explain": "kernels", "compile": "kernels", "tune": "tuning", "report": "report", "bench": "measuring", "check": "measuring",
     "db": "database", "targets": "machine", "doctor": "machine",
 }  # fmt: skip
 

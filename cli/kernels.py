@@ -84,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise EinfallError(f"{path} cannot be written: {error.strerror}") from None
+        raise EinfallError(f"{path} cannot be written: {error.strerror}", hint="name a file in a folder you may write") from None
 
 
 def _schedule(path: Path) -> Any:

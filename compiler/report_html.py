@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .cost import Cost
     from .report import Report
 
-_STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --faint: #6b7280; --line: #d7dbe0; --ground: #ffffff;
   --accent: #0b6bcb; --mark: #c2410c; }
 @media (prefers-color-scheme: dark) {
@@ -43,7 +44,7 @@ def report_html(report: Report) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>{name} · einfall explain</title>",
-        f"<style>{_STYLE}</style></head><body>",
+        f"<style>{PAGE_STYLE}</style></head><body>",
         f"<h1>{name}</h1>",
         f'<p class="sub">{escape(report.target.description)} (figures {basis_of(report.target)}) · {sizes}</p>',
         f"<pre>{escape(print_cascade(report.cascade))}</pre>",
@@ -66,12 +67,12 @@ def _passes(report: Report) -> str:
         partial = ", ".join(f"{name} in pass {r.number}" for name, found in entry.inputs for r in found if r.partial)
         then = ", ".join(f"{name} {count}" for name, count in reads.get(entry.rank, ()))
         rows.append([entry.rank, entry.passes, entry.phases, first, partial, after.get(entry.rank, "–"), then])
-    return _section("Passes", ["rank", "before", "phases", "by input", "partial", "after", "by input"], rows)
+    return section("Passes", ["rank", "before", "phases", "by input", "partial", "after", "by input"], rows)
 
 
 def _changes(report: Report) -> str:
-    done = _section("Rewrites", ["rewrite", "what it did", "saved"], [[r.name, r.did, r.saved] for r in report.rewrites])
-    return done + _section("Not done", ["rewrite", "statement", "why"], [[r.rewrite, r.statement, r.reason] for r in report.rejected])
+    done = section("Rewrites", ["rewrite", "what it did", "saved"], [[r.name, r.did, r.saved] for r in report.rewrites])
+    return done + section("Not done", ["rewrite", "statement", "why"], [[r.rewrite, r.statement, r.reason] for r in report.rejected])
 
 
 def _kernels(report: Report) -> str:
@@ -80,7 +81,7 @@ def _kernels(report: Report) -> str:
         stages = "; ".join(", ".join(r.out for r in s.reductions) for s in k.plan.stages)
         moved = "–" if k.traffic_bytes is None else byte_count(k.traffic_bytes)
         rows.append([k.plan.name, k.plan.stream or "–", stages, ", ".join(k.plan.inputs), ", ".join(k.plan.outputs), moved])
-    return _section("Plan", ["kernel", "stream", "stages", "reads", "stores", "bytes"], rows)
+    return section("Plan", ["kernel", "stream", "stages", "reads", "stores", "bytes"], rows)
 
 
 def _schedule(report: Report) -> str:
@@ -88,7 +89,7 @@ def _schedule(report: Report) -> str:
     if found is None:
         return ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in found.notes)
-    table = _section(f"Schedule, the default for {found.target}", HEAD, found.rows())
+    table = section(f"Schedule, the default for {found.target}", HEAD, found.rows())
     return f"{table}<p>Nothing is compiled or measured.</p>" + (f"<ul>{notes}</ul>" if notes else "") if table else ""
 
 
@@ -107,14 +108,14 @@ def _costs(found: Cost) -> str:
             f"<h2>Roofline</h2><p>{duration(roof.time_us)}, bound by {escape(roof.bound_by)}. {quantity(found.flops)} operations ({work}), "
             f"{byte_count(found.traffic_bytes)}, {found.intensity:.3g} operations a byte.</p>",
             roofline_svg(found),
-            _section("Units", ["unit", "type", "operations", "time"], [memory, *units]),
-            _section("Traffic at the least", ["tensor", "", "bytes"], traffic),
-            _section("Live footprint before the rewrites", ["intermediate", "whole along", "bytes"], live),
+            section("Units", ["unit", "type", "operations", "time"], [memory, *units]),
+            section("Traffic at the least", ["tensor", "", "bytes"], traffic),
+            section("Live footprint before the rewrites", ["intermediate", "whole along", "bytes"], live),
         )
     )
 
 
-def _section(title: str, head: list[str], rows: list[list[object]] | list[list[str]]) -> str:
+def section(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A heading and a table, nothing for no rows."""
     if not rows:
         return ""

@@ -143,10 +143,10 @@ class Prior:
 
     def trusted(self, measured: list[int], times: Matrix) -> list[int]:
         """The sources that agree with the results of the points numbered `measured`."""
-        return [j for j in range(self._columns.shape[1]) if _tau(self._columns[measured, j], times) >= self.AGREEMENT]
+        return [j for j in range(self._columns.shape[1]) if kendall_tau(self._columns[measured, j], times) >= self.AGREEMENT]
 
 
-def _tau(expected: Matrix, times: Matrix) -> float:
+def kendall_tau(expected: Matrix, times: Matrix) -> float:
     """Kendall's tau-a over the pairs of which the source knows both; 0 without any. Failures are the slowest, equal among themselves."""
     import numpy as np
 

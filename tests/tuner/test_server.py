@@ -74,7 +74,7 @@ def test_the_page_of_a_workload_shows_curve_candidates_and_sources(tuned):
 
 
 def test_the_curve_goes_down_to_the_best_so_far(tuned):
-    from einfall.tuner.database.server.figures import curves
+    from einfall.tuner.database.figures import curves
 
     path, w = tuned
     with Database.open(path, read_only=True) as db:

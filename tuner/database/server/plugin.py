@@ -16,8 +16,8 @@ from datasette.utils.asgi import NotFound, Response
 
 from ....ir.errors import EinfallError
 from .. import Database, segments
+from ..figures import curves, machines, rooflines, winners
 from ..why import why
-from .figures import curves, machines, rooflines, winners
 
 NAME = r"(?P<database>[^/]+)"
 F = TypeVar("F")

@@ -1,4 +1,7 @@
-"""What the pages show: winners with their distance from the roof, tuning curves, machines; and the drawings, written as SVG."""
+"""What pages show: winners with their distance from the roof, tuning curves, machines; and the drawings, written as SVG.
+
+The pages are those of the server and of `einfall report`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from html import escape
 from math import ceil, floor, log10
 from typing import Any
 
-from ....compiler.cost import cost
-from ....ir.errors import EinfallError
-from ....ir.text import parse_cascade
-from ....ir.types import DTYPES
-from ....schedules.target import Target, load_target, target_names
-from ...device import describe_device
-from .. import Database, Record, queries
-from ..records import event_time
+from ...compiler.cost import cost
+from ...ir.errors import EinfallError
+from ...ir.text import parse_cascade
+from ...ir.types import DTYPES
+from ...schedules.target import Target, load_target, target_names
+from ..device import describe_device
+from . import Database, Record, queries
+from .records import event_time
 
 MAX_WINNERS = 500
 MAX_DRAWN = 2000
@@ -27,11 +30,12 @@ def winners(database: Database) -> list[dict[str, Any]]:
     """The winners, each with its operations and bytes, and the least time its device could take where it is described."""
     cascades = dict(database.read("SELECT id, cascade FROM workload"))
     devices = {row["id"]: row for row in queries.rows(database.connection, "SELECT * FROM device")}
-    return [_winner(r, cascades.get(r.workload, ""), devices.get(r.device, {})) for r in database.ls()[:MAX_WINNERS]]
+    return [winner_figures(r, cascades.get(r.workload, ""), devices.get(r.device, {})) for r in database.ls()[:MAX_WINNERS]]
 
 
-def _winner(r: Record, cascade: str, device: Mapping[str, Any]) -> dict[str, Any]:
-    target = _target(str(device.get("id", "")), str(device.get("vendor", "")), str(device.get("arch", "")))
+def winner_figures(r: Record, cascade: str, device: Mapping[str, Any]) -> dict[str, Any]:
+    """A winner with its operations and bytes, and the least time its device could take; None for what is not known."""
+    target = target_of(str(device.get("id", "")), str(device.get("vendor", "")), str(device.get("arch", "")))
     work = _work(cascade, r.extents, target or "cpu")
     floor_ms = None if work is None or target is None else work[2] / 1e3
     return {
@@ -56,7 +60,7 @@ def _work(text: str, extents: tuple[tuple[str, int], ...], target: str) -> tuple
 
 
 @lru_cache(256)
-def _target(device: str, vendor: str, arch: str) -> str | None:
+def target_of(device: str, vendor: str, arch: str) -> str | None:
     """The description that fits a device: that of its architecture, or of this machine if it is the same; None if there is none."""
     if vendor == "cpu":
         return "cpu" if describe_device(load_target("cpu")).id == device else None
@@ -92,14 +96,13 @@ def _roofline(found: Sequence[Mapping[str, Any]], target: Target | None) -> str:
     return axes.svg(lines, "roofline")
 
 
-def curves(database: Database, workload: str) -> list[dict[str, Any]]:
-    """A tuning curve for each run of a workload: every trial, and the best so far."""
-    sql = (
-        "SELECT run, trial, schedule, status, median_ms, host, seed, event FROM measurement WHERE workload = ? AND role = 'trial' "
-        "AND basis = 'measured' ORDER BY run, trial, number LIMIT ?"
-    )
+def curves(database: Database, workload: str, key: tuple[str, str, str] | None = None) -> list[dict[str, Any]]:
+    """A tuning curve for each run of a workload: every trial, and the best so far.
+
+    `key`, a device, a toolchain and a policy, leaves out the others.
+    """
     runs: dict[str, list[dict[str, Any]]] = {}
-    for row in queries.rows(database.connection, sql, (workload, MAX_DRAWN)):
+    for row in trial_rows(database, workload, key):
         runs.setdefault(str(row["run"]), []).append(row)
     return [
         {
@@ -110,8 +113,23 @@ def curves(database: Database, workload: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def trial_rows(database: Database, workload: str, key: tuple[str, str, str] | None = None) -> list[dict[str, Any]]:
+    """The trials of a workload by run and in their order, `MAX_DRAWN` at most."""
+    sql = (
+        "SELECT run, trial, schedule, status, median_ms, host, seed, driver, memory_bytes, code_commit, event FROM measurement "
+        "WHERE workload = ? AND role = 'trial' AND basis = 'measured'"
+    )
+    only = "" if key is None else " AND device = ? AND toolchain = ? AND policy = ?"
+    return list(queries.rows(database.connection, f"{sql}{only} ORDER BY run, trial, number LIMIT ?", (workload, *(key or ()), MAX_DRAWN)))
+
+
+def is_time(value: object) -> bool:
+    """Whether a value out of a file is a time that can be drawn."""
+    return isinstance(value, float) and 0 < value < 1e300
+
+
 def _curve(trials: Sequence[Mapping[str, Any]]) -> str:
-    timed = [t for t in trials if isinstance(t["median_ms"], float) and 0 < t["median_ms"] < 1e300]
+    timed = [t for t in trials if is_time(t["median_ms"])]
     if not timed:
         return ""
     times = [t["median_ms"] for t in timed]
@@ -131,6 +149,15 @@ def _curve(trials: Sequence[Mapping[str, Any]]) -> str:
             best.append((number, min(t["median_ms"], best[-1][1] if best else t["median_ms"])))
     lines.append(axes.path([*best, (len(trials), best[-1][1])], "roof"))
     return axes.svg(lines, "tuning curve")
+
+
+def rank_plot(points: Sequence[tuple[int, int, str]]) -> str:
+    """Predicted ranks across, measured ranks upwards; the diagonal is a model that is always right."""
+    most = max(2, *(max(x, y) for x, y, _ in points))
+    axes = Axes((0, most), (0, most), logarithmic=(False, False))
+    lines = [*axes.grid("predicted rank", "measured rank"), axes.path([(0, 0), (most, most)], "roof")]
+    lines.extend(axes.dot(x, y, label, "tried") for x, y, label in points)
+    return axes.svg(lines, "predicted and measured ranks")
 
 
 def machines(database: Database) -> list[dict[str, Any]]:
