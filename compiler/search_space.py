@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 from ..ir.cascade import Cascade
 from ..ir.plan import Plan
-from ..ir.tile import Dot, TileProgram
+from ..ir.tile import Dot, TileProgram, nodes_of
 from ..schedules.default import default_schedule
-from ..schedules.footprint import footprint, nodes_of
+from ..schedules.footprint import footprint
 from ..schedules.schedule import Schedule
 from ..schedules.space import Space, schedule_space
 from ..schedules.space_gpu import GpuSpace, Variant, gpu_space

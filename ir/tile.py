@@ -20,6 +20,7 @@ guards against them, so every reduction over a stream or padded rank goes throug
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -242,3 +243,11 @@ def body_expressions(nodes: tuple[Node, ...]) -> list[Expr]:
             case Loop():
                 found += [*node.conditions, *(e for s in node.states for e in (s.init, s.next)), *body_expressions(node.body)]
     return [e for e in found if e is not None]
+
+
+def nodes_of(body: tuple[Node, ...]) -> Iterator[Node]:
+    """Every node, those inside of loops included."""
+    for node in body:
+        yield node
+        if isinstance(node, Loop):
+            yield from nodes_of(node.body)

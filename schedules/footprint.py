@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..ir.expr import Expr, Read, Tile, reads, walk
 from ..ir.infer import expression_ranks
-from ..ir.tile import Dot, Loop, Map, Node, TileProgram, kernel_tiles
+from ..ir.tile import Dot, Loop, Map, TileProgram, kernel_tiles, nodes_of
 from ..ir.types import f32
 
 Ranks = tuple[str, ...]
@@ -111,14 +111,6 @@ def footprint(program: TileProgram) -> Footprint:
         loops=bool(tops),
         precise=any(node.dtype == f32 for node in dots),
     )
-
-
-def nodes_of(body: tuple[Node, ...]) -> Iterator[Node]:
-    """Every node, those inside of loops included."""
-    for node in body:
-        yield node
-        if isinstance(node, Loop):
-            yield from nodes_of(node.body)
 
 
 def _sizes(program: TileProgram) -> dict[str, int]:

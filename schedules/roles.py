@@ -15,6 +15,7 @@ from ..ir.expr import Expr, Op, Read, reads
 from ..ir.infer import declared_types, expression_ranks, expression_type
 from ..ir.plan import KernelPlan
 from ..ir.types import DType
+from .footprint import ceil_power
 
 RESIDENT = 256
 POINTS = 4096  # elements of a task that streams nothing
@@ -185,7 +186,7 @@ def factor_bytes(cascade: Cascade, kernel: KernelPlan, roles: Roles, sizes: Mapp
         for factor in product_factors(e):
             found = expression_ranks(factor)
             if roles.stream is None or roles.stream in found:
-                elements = 1 << max(0, prod(sizes.get(r, 1) for r in found if r in roles.resident) - 1).bit_length()
+                elements = ceil_power(prod(sizes.get(r, 1) for r in found if r in roles.resident))
                 largest = max(largest, int(min(elements, WHOLE) * _bytes_of(factor, types)))
     return largest
 

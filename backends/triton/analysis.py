@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ...ir.expr import Bitcast, Cast, Const, Expr, Op, Tile, children, walk
-from ...ir.tile import Dot, Loop, Map, Reduce, Scan, Store, TileProgram
+from ...ir.tile import Dot, Loop, Map, Reduce, Scan, Store, TileProgram, nodes_of
 from .arithmetic import DECIDING
-from .axes import nodes_of
 
 
 def precise_tiles(program: TileProgram) -> frozenset[str]:

@@ -10,7 +10,6 @@ a packed byte are: each half is a tensor of its own, and nothing has to be inter
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -18,7 +17,8 @@ from ...ir.cascade import Tensor
 from ...ir.check_tiles import uses
 from ...ir.expr import Expr, Index, Op, children, reads, walk
 from ...ir.infer import expression_ranks
-from ...ir.tile import Dot, Loop, Node, Reduce, Scan, TileOutput, TileProgram, kernel_tiles
+from ...ir.tile import Dot, Loop, Reduce, Scan, TileOutput, TileProgram, kernel_tiles, nodes_of
+from ...schedules.footprint import ceil_power
 
 DIGIT = 4  # elements of a rank that may be written out
 CONTRACTED = 16  # lanes of a summed axis that a matrix unit takes at least
@@ -86,21 +86,9 @@ def axes_of(program: TileProgram) -> Axes:
     for group in _grouped(program, ranks, sizes):
         count = tuple(sizes[rank] for rank in group)
         least = CONTRACTED if set(group) & contracted and len(_sharing(program, group, sizes, digits)) == 1 else 2
-        axes.append(Axis("".join(group) if all(len(r) == 1 for r in group) else "_".join(group), group, count, power(prod(count), least)))
+        name = "".join(group) if all(len(r) == 1 for r in group) else "_".join(group)
+        axes.append(Axis(name, group, count, ceil_power(prod(count), least)))
     return Axes(tuple(axes), tuple((rank, n) for rank, n in sizes.items() if n == 1 or rank in digits))
-
-
-def power(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `n` and `least`."""
-    return max(least, 1 << max(0, n - 1).bit_length())
-
-
-def nodes_of(body: tuple[Node, ...]) -> Iterator[Node]:
-    """Every node, those inside of loops included."""
-    for node in body:
-        yield node
-        if isinstance(node, Loop):
-            yield from nodes_of(node.body)
 
 
 def tile_sizes(program: TileProgram) -> dict[str, int]:

@@ -18,9 +18,8 @@ from dataclasses import replace
 from ...ir.check_tiles import uses
 from ...ir.expr import Const, Expr, Extent, Masked, Op, Read, Tile, substitute, walk
 from ...ir.infer import expression_ranks
-from ...ir.tile import Bounds, Dot, Loop, LoopState, Map, Node, Reduce, TileProgram, kernel_tiles
+from ...ir.tile import Bounds, Dot, Loop, LoopState, Map, Node, Reduce, TileProgram, kernel_tiles, nodes_of
 from ...schedules.roles import WHOLE
-from .axes import nodes_of
 
 BLOCK = 64
 

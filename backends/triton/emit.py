@@ -9,7 +9,7 @@ from ...ir.errors import UnsupportedError
 from ...ir.expr import Const, Extent, Read, Start, Tile, reads, walk
 from ...ir.infer import expression_ranks
 from ...ir.text import print_node, print_program, program_ranks
-from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Scan, Store, TileProgram, body_expressions, kernel_tiles
+from ...ir.tile import Dot, Loop, LoopState, Map, Node, Reduce, Scan, Store, TileProgram, body_expressions, kernel_tiles, nodes_of
 from ...ir.types import f32, f64
 from ...schedules.gpu import options_of
 from ...schedules.schedule import KernelOptions, Schedule
@@ -17,7 +17,7 @@ from ...schedules.target import Target
 from ..base import Source
 from . import script as ts
 from .analysis import ordered_tiles, precise_tiles
-from .axes import axes_of, nodes_of
+from .axes import axes_of
 from .blocks import block_contractions
 from .dots import Contractions
 from .helpers import sources
